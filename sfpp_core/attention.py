@@ -1,0 +1,122 @@
+"""One attention call, and the back ends behind it.
+
+Every back end takes ``(B, N, L, D)`` queries, keys and values and returns ``(B, N, L, D)``: full attention of
+the open chunk over all it may see. Back ends agree to rounding; which one runs is decided once, when a
+student is built.
+
+Legend: B batch, N heads, L tokens, D head dim.
+"""
+
+import importlib.util
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .errors import SettingsError
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""An attention back end: queries, keys, values to outputs."""
+
+logger = logging.getLogger(__name__)
+
+_PROBE_REPEATS = 5
+_MATMUL_SCORES = 2**26
+"""Scores matmul may hold at once; SDPA holds none."""
+_MATMUL_MARGIN = 1.3
+"""Matmul must win by this factor: back ends differ in rounding, and a close race would pick at random."""
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend with ``torch.nn.functional.scaled_dot_product_attention``."""
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend with two matrix products and a softmax; on many CPUs faster than the fused kernel."""
+    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
+    return torch.matmul(scores.softmax(dim=-1), v)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend with flash-attn 2, which wants ``(B, L, N, D)``."""
+    from flash_attn import flash_attn_func  # type: ignore[import-not-found]
+
+    return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend with SageAttention, 8-bit: faster, and visibly not exact."""
+    from sageattention import sageattn  # type: ignore[import-not-found]
+
+    return sageattn(q, k, v, tensor_layout="HND")
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend with xformers, which wants ``(B, L, N, D)``."""
+    from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
+
+    return memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+_OPTIONAL: dict[str, tuple[str, Attend]] = {
+    "flash": ("flash_attn", _flash),
+    "sage": ("sageattention", _sage),
+    "xformers": ("xformers", _xformers),
+}
+
+NAMES = ("auto", "sdpa", "matmul", *_OPTIONAL)
+"""Values accepted by ``choose``."""
+
+
+def choose(name: str, *, shape: tuple[int, int, int, int], visible: int, like: Tensor) -> Attend:
+    """Return the attention back end called ``name``.
+
+    Args:
+        name: One of ``NAMES``. ``auto`` is SDPA, or on a CPU plain matmul where a probe says it wins.
+        shape: Queries, ``(B, N, L, D)``.
+        visible: Tokens attention sees once the window is full.
+        like: Tensor on the device and in the dtype of the student.
+
+    Raises:
+        SettingsError: The name is unknown, or its package is not installed.
+    """
+    if name == "auto":
+        return _probed(shape, visible, like.device.type, like.dtype)
+    if name in ("sdpa", "matmul"):
+        return sdpa if name == "sdpa" else matmul
+    if name not in _OPTIONAL:
+        raise SettingsError(f"attention is {name!r}; use one of {', '.join(NAMES)}.")
+    package, attend = _OPTIONAL[name]
+    if importlib.util.find_spec(package) is None:
+        raise SettingsError(f"attention {name!r} needs the package {package}; install it, or use 'auto'.")
+    return attend
+
+
+@lru_cache
+def _probed(shape: tuple[int, int, int, int], visible: int, device: str, dtype: torch.dtype) -> Attend:
+    """Return the faster of SDPA and matmul on a CPU, SDPA elsewhere."""
+    batch, heads, tokens, dim = shape
+    if device != "cpu" or batch * heads * tokens * visible > _MATMUL_SCORES:
+        return sdpa
+    q = torch.zeros(shape, dtype=dtype)
+    k = torch.zeros((batch, heads, visible, dim), dtype=dtype)
+    cost = {attend: _cpu_seconds(attend, q, k) for attend in (sdpa, matmul)}
+    wins = cost[sdpa] > _MATMUL_MARGIN * cost[matmul]
+    logger.debug("attention probe: sdpa %.2f ms, matmul %.2f ms", 1e3 * cost[sdpa], 1e3 * cost[matmul])
+    return matmul if wins else sdpa
+
+
+def _cpu_seconds(attend: Attend, q: Tensor, k: Tensor) -> float:
+    """Return the median CPU time of one call: unlike wall time it hardly notices other processes."""
+    times = []
+    with torch.inference_mode():
+        for _ in range(_PROBE_REPEATS + 1):
+            start = time.process_time()
+            attend(q, k, k)
+            times.append(time.process_time() - start)
+    return statistics.median(times[1:])

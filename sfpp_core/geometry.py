@@ -1,0 +1,108 @@
+"""Sizes of one video in its four units: frames, latent frames, chunks, tokens.
+
+The only module that knows the compression factors of the Wan 2.1 autoencoder.
+"""
+
+import math
+from dataclasses import dataclass
+
+from .errors import GeometryError
+
+TEMPORAL_STRIDE = 4
+"""Frames per latent frame, except the first latent frame, which holds one frame."""
+
+SPATIAL_STRIDE = 8
+"""Pixels per latent cell, along height and along width."""
+
+PATCH = 2
+"""Latent cells per token, along height and along width. One latent frame per token in time."""
+
+FPS = 16
+"""Frames per second of Wan 2.1."""
+
+LONGEST_SECONDS = 7 * 24 * 3600
+"""Longest video accepted, one week: a larger number is a slip of the finger."""
+
+
+def frames_in(seconds: float) -> int:
+    """Return the frames of a video of ``seconds`` at 16 frames per second, rounded, at least 1.
+
+    Raises:
+        GeometryError: ``seconds`` is not a number above 0, or longer than a week.
+    """
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise GeometryError(f"seconds is {seconds:g}; ask for more than 0, e.g. 60.")
+    if seconds > LONGEST_SECONDS:
+        raise GeometryError(
+            f"seconds is {seconds:g}; the longest video is a week, {LONGEST_SECONDS} seconds."
+        )
+    return max(1, round(seconds * FPS))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoGeometry:
+    """Size of the video to generate and of the chunks it is generated in."""
+
+    height: int
+    """Pixels. A multiple of 16."""
+
+    width: int
+    """Pixels. A multiple of 16."""
+
+    frames: int
+    """Frames the user asked for. The rollout may produce more; the surplus is trimmed."""
+
+    chunk: int = 3
+    """Latent frames generated together."""
+
+    def __post_init__(self) -> None:
+        step = SPATIAL_STRIDE * PATCH
+        for name in ("height", "width"):
+            size = getattr(self, name)
+            if size <= 0 or size % step:
+                nearest = max(step, round(size / step) * step)
+                raise GeometryError(f"{name} is {size}; it must be a multiple of {step}, e.g. {nearest}.")
+        if self.frames < 1:
+            raise GeometryError(f"frames is {self.frames}; ask for at least 1.")
+        if self.chunk < 1:
+            raise GeometryError(f"chunk is {self.chunk} latent frames; it must be at least 1.")
+
+    @property
+    def chunks(self) -> int:
+        """Chunks needed to cover ``frames``."""
+        latent_frames = -(-(self.frames - 1) // TEMPORAL_STRIDE) + 1
+        return -(-latent_frames // self.chunk)
+
+    @property
+    def latent_frames(self) -> int:
+        """Latent frames the whole rollout produces: a whole number of chunks."""
+        return self.chunks * self.chunk
+
+    @property
+    def seconds(self) -> float:
+        """Length of the video at 16 frames per second."""
+        return self.frames / FPS
+
+    @property
+    def tokens_per_latent_frame(self) -> int:
+        """Transformer tokens in one latent frame. 1560 at 832x480."""
+        return (self.height // SPATIAL_STRIDE // PATCH) * (self.width // SPATIAL_STRIDE // PATCH)
+
+    @property
+    def tokens_per_chunk(self) -> int:
+        """Transformer tokens in one chunk: what one cache slot holds."""
+        return self.chunk * self.tokens_per_latent_frame
+
+    @property
+    def chunk_shape(self) -> tuple[int, int, int]:
+        """``(T, H, W)`` of one chunk in latent space."""
+        return self.chunk, self.height // SPATIAL_STRIDE, self.width // SPATIAL_STRIDE
+
+    def frames_of(self, latent_frames: int) -> int:
+        """Return the frames decoded from the first ``latent_frames`` of a video."""
+        return max(0, 1 + (latent_frames - 1) * TEMPORAL_STRIDE)
+
+    def frames_kept(self, chunk: int) -> int:
+        """Return how many of the frames decoded from ``chunk`` belong to the video: all but in the last."""
+        before = self.frames_of(chunk * self.chunk)
+        return min(self.frames, self.frames_of((chunk + 1) * self.chunk)) - before

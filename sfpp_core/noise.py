@@ -1,0 +1,25 @@
+"""Reproducible noise: a function of seed, chunk and step, never of call order."""
+
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkNoise:
+    """Noise source of one rollout.
+
+    Chunk 40 gets the same noise whether the rollout started at 0 or resumed at 40,
+    on any device: the draw is made on the CPU, then moved.
+    """
+
+    seed: int
+
+    def draw(self, shape: tuple[int, ...], *, chunk: int, step: int, like: Tensor) -> Tensor:
+        """Return standard normal noise of ``shape`` on the device and dtype of ``like``."""
+        # The CPU generator reads only the low 32 bits of its seed, so the key is hashed into them.
+        key = blake2b(f"{self.seed}/{chunk}/{step}".encode(), digest_size=4)
+        generator = torch.Generator().manual_seed(int.from_bytes(key.digest(), "little"))
+        return torch.randn(shape, generator=generator).to(like, non_blocking=True)

@@ -1,0 +1,37 @@
+"""The tiny student of the tests, and the obvious twin of the rollout."""
+
+import torch
+
+from sfpp_core.config import StudentConfig
+from sfpp_core.network import WanNetwork, initialise
+from sfpp_core.student import CausalStudent
+
+CONFIG = StudentConfig(dim=48, ffn_dim=96, heads=4, layers=3, text_dim=20, text_length=7)
+
+
+def network(config=CONFIG, *, seed=0, dtype=torch.float32):
+    """Return a network of random weights in which every parameter matters."""
+    net = WanNetwork(config)
+    initialise(net, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return net.to(dtype).requires_grad_(False)
+
+
+def student(config=CONFIG, **options):
+    """Return an unbound student of random weights."""
+    return CausalStudent(network(config), config, **options)
+
+
+def text(config=CONFIG, *, batch=1, seed=3):
+    """Return random text embeddings."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, config.text_length, config.text_dim, generator=generator)
+
+
+def latents(chunks, *, chunk=3, batch=1, size=(4, 6), seed=5):
+    """Return random latents of whole chunks, ``(B, 16, T, H, W)``."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, CONFIG.channels, chunks * chunk, *size, generator=generator)
