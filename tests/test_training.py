@@ -1,0 +1,166 @@
+"""The training loop and its settings; the demo's stages at a size a test can afford."""
+
+import json
+import os
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sfpp_core.config import StudentConfig
+from training.config import ConfigError, build, load
+from training.export import ExportSettings
+from training.loop import LoopSettings, run
+from training.make_ode_pairs import PairSettings
+from training.teacher import DemoModel, trajectory, velocity
+from training.train_ode import OdeSettings, draw_levels, pick_states
+from training.train_teacher import TeacherSettings
+
+CONFIGS = Path(__file__).parent.parent / "training" / "configs"
+KINDS = {
+    "demo_teacher": TeacherSettings,
+    "demo_ode_pairs": PairSettings,
+    "demo_ode": OdeSettings,
+    "demo_export": ExportSettings,
+}
+
+
+class Toy(nn.Module):
+    """A module with a matrix for each optimiser."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(6, 6)]), "out": nn.Linear(6, 1)})
+
+    def forward(self, x):
+        return self.net["out"](torch.tanh(self.net["blocks"][0](x)))
+
+
+def train(out, *, iterations=10, stop_at=None):
+    """Train a toy; send this process SIGTERM in iteration ``stop_at``."""
+    toy = Toy()
+
+    def loss(iteration):
+        if iteration == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        generator = torch.Generator().manual_seed(iteration)
+        x = torch.randn(8, 6, generator=generator)
+        return (toy(x) - x.sum(1, keepdim=True)).square().mean(), {}
+
+    settings = LoopSettings(out=str(out), iterations=iterations, lr=0.05, ema=0.5, warmup=2, sample_every=5)
+    return run(settings, toy, loss, lambda module, path: path.write_text("sheet")), toy
+
+
+def test_ten_updates_equal_four_and_a_kill_and_six(tmp_path):
+    averaged, plain = train(tmp_path / "whole")
+    with pytest.raises(SystemExit, match="stopped at iteration 4 of 10; run again to continue"):
+        train(tmp_path / "parts", stop_at=3)
+    resumed_averaged, resumed = train(tmp_path / "parts")
+    for whole, parts in ((averaged, resumed_averaged), (plain, resumed)):
+        for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_training_lowers_the_loss_and_leaves_samples_and_a_log(tmp_path):
+    _, toy = train(tmp_path, iterations=60)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [20, 40, 60]
+    x = torch.randn(500, 6)
+    errors = [(net(x) - x.sum(1, keepdim=True)).square().mean() for net in (toy, Toy())]
+    assert errors[0] < 0.7 * errors[1]
+    assert (tmp_path / "sample_000060.png").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    toy = Toy()
+    settings = LoopSettings(out=str(tmp_path), iterations=3)
+    with pytest.raises(FloatingPointError, match="loss is nan at iteration 0"):
+        run(settings, toy, lambda _: (toy.net["out"].bias.sum() * float("nan"), {}), lambda *_: None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    size: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    name: str
+    rate: float = 1.0
+    inner: Inner = field(default_factory=Inner)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"name": "x", "nmae": 1}, r"f: unknown key 'nmae'; known keys: inner, name, rate"),
+        ({}, "f: key 'name' is required"),
+        ({"name": "x", "inner": {"sise": 1}}, r"f:\[inner\]: unknown key 'sise'"),
+        ({"name": "x", "inner": 3}, "'inner' must be a table, got 3"),
+        ({"name": "x", "rate": "fast"}, "f: rate is 'fast'; it must be of type float"),
+        ({"name": "x", "inner": {"size": True}}, "size is True; it must be of type int"),
+    ],
+)
+def test_wrong_settings_are_refused(table, message):
+    with pytest.raises(ConfigError, match=message):
+        build(Outer, table, where="f")
+
+
+def test_overrides_reach_nested_settings(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text('name = "x"\n')
+    settings = load(Outer, [str(path), "inner.size=7", "name=hello world", "rate=2"], stage="test")
+    assert settings == Outer(name="hello world", rate=2.0, inner=Inner(size=7))
+    with pytest.raises(ConfigError, match="has no '='"):
+        load(Outer, [str(path), "rate"], stage="test")
+    with pytest.raises(ConfigError, match="does not exist"):
+        load(Outer, [str(tmp_path / "b.toml")], stage="test")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_shipped_configuration_is_valid(name):
+    load(KINDS[name], [str(CONFIGS / f"{name}.toml")], stage=name)
+
+
+def test_levels_have_a_clean_prefix_and_a_noisy_end():
+    rng = np.random.default_rng(0)
+    levels = draw_levels(rng, 400, 7, 4, clean_prefix=0.7)
+    assert levels[:, -1].max() == 3
+    assert 0.6 < (levels[:, 0] == 4).float().mean() < 0.8
+    for row in levels:
+        clean = (row == 4).int()
+        assert (clean.diff() <= 0).all()
+
+
+def test_every_chunk_stands_at_its_own_level():
+    states = torch.arange(5.0).view(5, 1, 1, 1, 1, 1).expand(5, 2, 3, 6, 2, 2)
+    levels = torch.tensor([[0, 4], [2, 3]])
+    clip = pick_states(states, levels, 3)
+    assert clip[:, 0, :, 0, 0].tolist() == [[0, 0, 0, 4, 4, 4], [2, 2, 2, 3, 3, 3]]
+
+
+SMALL = StudentConfig(dim=24, ffn_dim=32, heads=2, layers=1, text_dim=8, text_length=16)
+
+
+def test_a_trajectory_passes_through_the_students_noise_levels_and_guidance_1_is_none():
+    teacher = DemoModel(SMALL)
+    nn.init.normal_(teacher.network.head.head.weight, std=0.1)
+    noise, prompts = torch.randn(2, 16, 3, 4, 4), ["a red circle moves up", ""]
+    states = list(trajectory(teacher, noise, prompts, steps=8, guidance=2.0))
+    assert [round(1000 * sigma, 2) for sigma, _ in states[::2]] == [1000, 937.5, 833.33, 625, 0]
+    sigma = torch.full((2, 1), 0.5)
+    plain = velocity(teacher, noise, sigma, prompts, guidance=1.0)
+    torch.testing.assert_close(plain, teacher.bind(prompts).whole(noise, sigma))
+    guided = velocity(teacher, noise, sigma, prompts, guidance=3.0)
+    torch.testing.assert_close(guided[1], plain[1], rtol=1e-4, atol=1e-5)
+    assert (guided[0] - plain[0]).abs().max() > 1e-4
+
+
+def test_pairs_need_states_at_the_students_steps():
+    with pytest.raises(ConfigError, match="steps is 10; it must be a multiple of student_steps, 4"):
+        PairSettings(teacher="t", out="o", steps=10)

@@ -1,0 +1,86 @@
+"""Latents of the demo world: many clips, encoded once, and batches of them with fresh captions.
+
+The world and its autoencoder live on a torus, so a clip moved by whole latent cells is another clip of the
+same
+scene: every batch is moved at random.
+
+Legend: B clips, C channels, T latent frames, H and W latent height and width.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from sfpp_core.tiny_autoencoder import TinyAutoencoder
+from training.world import WORLD_VERSION, caption, render, sample_scene
+
+_AT_ONCE = 8
+"""Clips rendered and encoded together."""
+
+
+def prepare(path: Path, autoencoder: TinyAutoencoder, *, clips: int, seed: int) -> None:
+    """Encode ``clips`` scenes of the world to ``path`` unless it holds them already.
+
+    Args:
+        path: A safetensors file, float16, ``(clips, C, T, H, W)``.
+        autoencoder: Trained encoder.
+        clips: Scenes; scene ``i`` is drawn from ``(seed, i)``.
+        seed: Of all scenes.
+    """
+    wanted = {
+        "world": WORLD_VERSION,
+        "clips": str(clips),
+        "seed": str(seed),
+        "encoder": _fingerprint(autoencoder),
+    }
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            if file.metadata() == wanted:
+                return
+    parts = []
+    for first in tqdm(range(0, clips, _AT_ONCE), desc="encode clips"):
+        scenes = [sample_scene((seed, index)) for index in range(first, min(first + _AT_ONCE, clips))]
+        parts.append(autoencoder.encode(render(scenes)).half().contiguous())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"latents": torch.cat(parts).contiguous()}, path, metadata=wanted)
+
+
+def _fingerprint(autoencoder: TinyAutoencoder) -> str:
+    """Return a number that changes when the encoder does."""
+    return json.dumps([round(p.double().sum().item(), 6) for p in autoencoder.encoder.parameters()][:4])
+
+
+class Clips:
+    """Batches of encoded clips with their captions, each a function of seed and iteration."""
+
+    def __init__(self, path: Path, *, seed: int, drop: float = 0.0) -> None:
+        """Open the file written by ``prepare``.
+
+        Args:
+            path: The file.
+            seed: Of the batches.
+            drop: Share of captions replaced by the empty one, for classifier-free guidance.
+        """
+        with safe_open(path, "pt") as file:
+            self.latents = file.get_tensor("latents")
+            self.scene_seed = int(file.metadata()["seed"])
+        self.seed, self.drop = seed, drop
+
+    def batch(self, iteration: int, size: int) -> tuple[Tensor, list[str], torch.Generator]:
+        """Return clips ``(B, C, T, H, W)``, their captions, and a generator for the rest of the iteration."""
+        rng = np.random.default_rng((self.seed, iteration))
+        picks = rng.integers(len(self.latents), size=size)
+        clips, captions = [], []
+        for pick in picks.tolist():
+            move = tuple(int(rng.integers(side)) for side in self.latents.shape[-2:])
+            clips.append(self.latents[pick].float().roll(move, (-2, -1)))
+            text = caption(sample_scene((self.scene_seed, pick)), rng)
+            captions.append("" if rng.random() < self.drop else text)
+        generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+        return torch.stack(clips), captions, generator

@@ -1,0 +1,105 @@
+"""Stage 1 of the demo: the bidirectional teacher, by flow matching on five-second clips.
+
+Run ``python -m training.train_teacher training/configs/demo_teacher.toml [key=value ...]``.
+"""
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sfpp_core.schedule import add_noise, warp
+from sfpp_core.tiny_autoencoder import TinyAutoencoder
+from training.config import load
+from training.latents import Clips, prepare
+from training.loop import LoopSettings, run
+from training.sheets import sheet
+from training.teacher import DemoModel, trajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherSettings:
+    """Settings of the teacher stage."""
+
+    loop: LoopSettings
+    """Length and optimiser."""
+
+    autoencoder: str
+    """Weights of the demo autoencoder."""
+
+    latents: str
+    """File of encoded clips; made if it is missing."""
+
+    clips: int = 4096
+    """Scenes encoded."""
+
+    batch: int = 16
+    """Clips per update."""
+
+    drop: float = 0.1
+    """Share of captions dropped, for classifier-free guidance."""
+
+    shift: float = 3.0
+    """Timestep shift of the training noise levels."""
+
+    guidance: float = 2.0
+    """Guidance of the sample sheets."""
+
+
+SAMPLE_PROMPTS = (
+    "a red circle moves right slowly",
+    "a blue square moves up fast",
+    "a yellow triangle drifts down and left, slowly",
+    "a green circle glides left fast",
+    "a purple square moves up and right slowly",
+    "an orange triangle moves down fast",
+)
+"""Prompts of the sample sheets."""
+
+
+def main(settings: TeacherSettings) -> None:
+    """Train the teacher."""
+    device = settings.loop.pick_device()
+    autoencoder = TinyAutoencoder.load(Path(settings.autoencoder)).to(device)
+    prepare(Path(settings.latents), autoencoder, clips=settings.clips, seed=settings.loop.seed)
+    clips = Clips(Path(settings.latents), seed=settings.loop.seed, drop=settings.drop)
+    teacher = DemoModel(seed=settings.loop.seed).to(device)
+
+    def loss(iteration: int) -> tuple[Tensor, dict[str, float]]:
+        clean, captions, generator = clips.batch(iteration, settings.batch)
+        sigma = warp_all(torch.rand(settings.batch, 1, generator=generator), settings.shift)
+        noise = torch.randn(clean.shape, generator=generator)
+        clean, noise, sigma = clean.to(device), noise.to(device), sigma.to(device)
+        noisy = add_noise(clean, noise, sigma[:, :, None, None, None])
+        with torch.autocast(device.type, torch.bfloat16):
+            velocity = teacher.bind(captions, dtype=torch.bfloat16).whole(noisy, sigma)
+        error = (velocity - (noise - clean)).square().mean(dim=(1, 2, 3, 4))
+        high = error[sigma[:, 0] > 0.85]
+        # The error at high noise falls when motion has been learned.
+        return error.mean(), {"high": high.mean().item()} if len(high) else {}
+
+    def sample(module: nn.Module, path: Path) -> None:
+        assert isinstance(module, DemoModel)
+        generator = torch.Generator().manual_seed(1)
+        noise = torch.randn(len(SAMPLE_PROMPTS), *clips.latents.shape[1:], generator=generator).to(device)
+        *_, (_, clean) = trajectory(module, noise, SAMPLE_PROMPTS, steps=24, guidance=settings.guidance)
+        rows = []
+        for prompt, clip in zip(SAMPLE_PROMPTS, clean, strict=True):
+            autoencoder.reset()
+            rows.append((prompt, autoencoder.decode(clip[None])[0]))
+        sheet(rows, path)
+
+    run(settings.loop, teacher, loss, sample)
+
+
+def warp_all(sigma: Tensor, shift: float) -> Tensor:
+    """Apply ``schedule.warp`` to every element."""
+    return warp(sigma, shift)  # type: ignore[arg-type, return-value]
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main(load(TeacherSettings, sys.argv[1:], stage="train_teacher"))
