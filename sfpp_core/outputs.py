@@ -1,0 +1,112 @@
+"""Where a video may go: kinds of output path, and the checks made before anything is generated."""
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from .errors import OutputError
+
+OutputPath = str | os.PathLike[str]
+
+_PICTURE_NAME = "frame_%06d.png"
+_PROBE_BYTES = 4096  # an empty file often still fits on a full disk
+
+
+def is_video(path: OutputPath) -> bool:
+    """Return whether ``path`` asks for an MP4; everything else is a PNG sequence or a mistake."""
+    return os.fspath(path).lower().endswith(".mp4")
+
+
+def split_pattern(path: OutputPath) -> tuple[Path, str]:
+    """Return the folder of a PNG sequence and the pattern of its names.
+
+    Raises:
+        OutputError: ``path`` is neither a folder nor a numbered PNG name.
+    """
+    text, target = os.fspath(path), Path(path)
+    if text and (text.endswith(("/", os.sep)) or target.is_dir() or not target.suffix):
+        return target, _PICTURE_NAME
+    if re.fullmatch(r"[^%]*%0\d+d[^%]*\.png", target.name, re.IGNORECASE):
+        return target.parent, target.name
+    if target.suffix.lower() == ".png":
+        numbered = target.with_name(f"{target.stem.replace('%', '')}_%06d.png")
+        raise OutputError(
+            f"{target} names one picture; for a sequence name a folder, or number it: {numbered}."
+        )
+    raise OutputError(
+        f"the output is {text!r}; it must be a video (name.mp4), a folder for PNG pictures (name/), "
+        "or a pattern for them (name_%06d.png)."
+    )
+
+
+def check_output(path: OutputPath, *, expected_bytes: int = 0) -> None:
+    """Refuse an output path that cannot work. Leaves nothing behind.
+
+    Args:
+        path: As for ``open_writer``.
+        expected_bytes: Forecast size of the output, as from ``forecast_bytes``; compared with the free room.
+
+    Raises:
+        OutputError: Unknown ending, no such folder, not writable, a folder where a file is due, pictures of
+            an earlier video in the way, or too little room.
+    """
+    if is_video(path):
+        _check_file(Path(path))
+        folder = Path(path).parent
+    else:
+        folder, name = split_pattern(path)
+        _refuse_mixing(folder, name)
+        folder = folder if folder.exists() else folder.parent
+    _check_folder(folder)
+    _check_room(folder, expected_bytes)
+
+
+def forecast_bytes(path: OutputPath, *, frames: int, width: int, height: int, enlarge: int = 1) -> int:
+    """Return roughly how many bytes ``frames`` will take, rather too many than too few.
+
+    Half a bit per pixel of an MP4. Six bytes per pixel of a PNG before enlarging, which costs it little.
+    """
+    pixels = frames * width * height
+    return pixels * enlarge**2 // 16 if is_video(path) else pixels * 6
+
+
+def _check_file(target: Path) -> None:
+    if target.is_dir():
+        raise OutputError(f"{target} is a folder; name a file in it, e.g. {target / 'video.mp4'}.")
+    if target.exists() and not target.is_file():
+        raise OutputError(f"{target} is not a regular file; choose another name.")
+    if target.exists() and not os.access(target, os.W_OK):
+        raise OutputError(f"{target} exists and is write-protected; choose another name.")
+
+
+def _refuse_mixing(folder: Path, name: str) -> None:
+    before, after = re.split(r"%\d+d", name)
+    picture = re.compile(re.escape(before) + r"\d+" + re.escape(after), re.IGNORECASE)
+    if folder.is_dir() and any(picture.fullmatch(entry.name) for entry in folder.iterdir()):
+        raise OutputError(f"{folder} already holds pictures named {name}; empty it or choose another folder.")
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.exists():
+        raise OutputError(f"the folder {folder} does not exist; make it first, or choose another.")
+    if not folder.is_dir():
+        raise OutputError(f"{folder} is a file, not a folder; choose another.")
+    try:
+        # Only an attempt tells: read-only disks, quotas and access lists do not show in the permissions.
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(_PROBE_BYTES))
+    except OSError as error:
+        raise OutputError(
+            f"the folder {folder} cannot be written to ({error.strerror}); choose another."
+        ) from error
+
+
+def _check_room(folder: Path, expected_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < expected_bytes:
+        raise OutputError(
+            f"the disk of {folder} has {free / 1e6:.1f} MB free and the video needs about "
+            f"{expected_bytes / 1e6:.1f} MB; free some room, choose another disk or ask for less."
+        )

@@ -1,0 +1,315 @@
+"""Frames into a growing MP4 or a numbered PNG sequence, while later frames are still being made.
+
+Legend: F frames, H W height and width in pixels.
+"""
+
+import contextlib
+import errno
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+from threading import Thread
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .encoder import FRAGMENT_SECONDS, Encoder, VideoInfo, video_info
+from .errors import GeometryError, OutputError, SettingsError
+from .geometry import FPS
+from .outputs import OutputPath, check_output, forecast_bytes, is_video, split_pattern
+
+__all__ = [
+    "FRAGMENT_SECONDS",
+    "WAITING_FRAMES",
+    "PNGWriter",
+    "VideoInfo",
+    "VideoWriter",
+    "check_output",
+    "forecast_bytes",
+    "open_writer",
+    "video_info",
+]
+
+WAITING_FRAMES = 32
+"""Frames kept for a slow encoder before ``write`` waits for it."""
+
+_log = logging.getLogger(__name__)
+
+
+class VideoWriter:
+    """H.264 MP4 that grows while it is written and plays up to its last fragment after a kill.
+
+    The frames wait in a short queue for a thread, which hands them to an encoder process. The file appears
+    with the first frame, in place of an earlier file of its name. One thread at a time may use a writer.
+
+    Use::
+
+        with open_writer("video.mp4", width=64, height=64, enlarge=8) as writer:
+            for clean in rollout(...):
+                writer.write(decoder.decode(clean)[0])  # waits only while the queue is full
+    """
+
+    def __init__(
+        self,
+        path: OutputPath,
+        *,
+        width: int,
+        height: int,
+        fps: float = FPS,
+        enlarge: int = 1,
+        waiting: int = WAITING_FRAMES,
+    ) -> None:
+        """See ``open_writer``."""
+        _check_settings(width=width, height=height, fps=fps, enlarge=enlarge, waiting=waiting)
+        check_output(path)
+        self.path = Path(path)
+        encoder = Encoder(self.path, width=width, height=height, fps=fps, enlarge=enlarge)
+        self._feed = _Feed(encoder, width=width, height=height, waiting=waiting)
+
+    @property
+    def frames_written(self) -> int:
+        """Frames the encoder has taken. After ``close`` without an error, the frames in the file."""
+        return self._feed.taken
+
+    def write(self, frames: Tensor) -> None:
+        """Append ``frames``, ``(F, 3, H, W)`` in [0, 1] on any device; waits while the queue is full.
+
+        Raises:
+            GeometryError: The frames do not have the size the writer was opened with.
+            OutputError: The encoder died, the disk is full, or the writer is closed.
+        """
+        self._feed.write(frames)
+
+    def close(self) -> None:
+        """Encode what waits and finish the file. A second call does nothing.
+
+        Raises:
+            OutputError: The encoder died or the disk is full.
+        """
+        self._feed.close()
+
+    def __enter__(self) -> "VideoWriter":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._feed.close_after(error)
+
+
+class PNGWriter:
+    """Numbered PNG pictures, counted from 0, with the interface of ``VideoWriter``.
+
+    A picture that has its final name is whole. A folder that already holds such pictures is refused: a
+    shorter sequence over a longer one would mix two videos.
+    """
+
+    def __init__(
+        self, path: OutputPath, *, width: int, height: int, enlarge: int = 1, waiting: int = WAITING_FRAMES
+    ) -> None:
+        """See ``open_writer``."""
+        _check_settings(width=width, height=height, fps=FPS, enlarge=enlarge, waiting=waiting)
+        check_output(path)
+        self.path, name = split_pattern(path)
+        sink = _Pictures(self.path, name, enlarge)
+        self._feed = _Feed(sink, width=width, height=height, waiting=waiting)
+
+    @property
+    def frames_written(self) -> int:
+        """Pictures written."""
+        return self._feed.taken
+
+    def write(self, frames: Tensor) -> None:
+        """Append ``frames``, as ``VideoWriter.write`` does."""
+        self._feed.write(frames)
+
+    def close(self) -> None:
+        """Write the pictures that wait. A second call does nothing."""
+        self._feed.close()
+
+    def __enter__(self) -> "PNGWriter":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._feed.close_after(error)
+
+
+def open_writer(
+    path: OutputPath,
+    *,
+    width: int,
+    height: int,
+    fps: float = FPS,
+    enlarge: int = 1,
+    waiting: int = WAITING_FRAMES,
+) -> VideoWriter | PNGWriter:
+    """Return the writer that ``path`` asks for.
+
+    Args:
+        path: ``name.mp4`` for a video, which replaces an earlier file of that name; for pictures, a folder
+            (it ends in ``/``, has no ending, or exists) or a pattern such as ``folder/frame_%06d.png``.
+        width: Pixels of the frames that will be written, before enlarging.
+        height: Pixels.
+        fps: Frames per second; pictures carry none.
+        enlarge: Side, in pixels, of the sharp-edged square each pixel becomes.
+        waiting: Frames kept for a slow encoder before ``write`` waits.
+
+    Raises:
+        GeometryError: The size cannot be encoded.
+        SettingsError: ``fps``, ``enlarge`` or ``waiting`` is impossible.
+        OutputError: The path cannot be written, or the encoder is missing.
+    """
+    if is_video(path):
+        return VideoWriter(path, width=width, height=height, fps=fps, enlarge=enlarge, waiting=waiting)
+    return PNGWriter(path, width=width, height=height, enlarge=enlarge, waiting=waiting)
+
+
+class _Sink(Protocol):
+    """Where frames end. An error is an OutputError."""
+
+    def put(self, picture: np.ndarray) -> None:
+        """Take one frame, ``(H, W, 3)`` in bytes."""
+        ...
+
+    def finish(self) -> None:
+        """Complete the output; harmless after an error."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """One frame on its way to the sink."""
+
+    picture: np.ndarray
+    """``(H, W, 3)`` in bytes."""
+
+    arrive: Callable[[], None] | None
+    """Waits for the copy from the device; None where the picture is already here."""
+
+
+class _Feed:
+    """Bounded queue of frames, and the thread that empties it into a sink."""
+
+    def __init__(self, sink: _Sink, *, width: int, height: int, waiting: int) -> None:
+        self.taken = 0
+        self._sink = sink
+        self._size = (3, height, width)
+        self._queue: Queue[_Waiting | None] = Queue(maxsize=waiting)
+        self._failure: OutputError | None = None
+        self._closed = False
+        # A daemon: an abandoned writer must not keep the interpreter alive.
+        self._thread = Thread(target=self._run, name="video-writer", daemon=True)
+        self._thread.start()
+
+    def write(self, frames: Tensor) -> None:
+        if self._closed:
+            raise OutputError("write() after close(); open another writer.")
+        if frames.ndim != 4 or tuple(frames.shape[1:]) != self._size or not frames.is_floating_point():
+            _, height, width = self._size
+            raise GeometryError(
+                f"frames are {tuple(frames.shape)} of {frames.dtype}; "
+                f"this writer takes (F, 3, {height}, {width}) of floats in [0, 1]."
+            )
+        for frame in _as_bytes(frames):
+            if self._failure is not None:
+                raise self._failure
+            self._queue.put(frame)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._queue.put(None)
+        self._thread.join()
+        try:
+            self._sink.finish()
+        except OutputError as error:
+            self._failure = self._failure or error
+        if self._failure is not None:
+            raise self._failure
+
+    def close_after(self, error: BaseException | None) -> None:
+        """Close; trouble in doing so must not hide ``error``, which is already on its way up."""
+        try:
+            self.close()
+        except OutputError as failure:
+            if error is None:
+                raise
+            if failure is not error:
+                _log.warning("%s", failure)
+
+    def _run(self) -> None:
+        frames = iter(self._queue.get, None)
+        try:
+            for frame in frames:
+                if frame.arrive is not None:
+                    frame.arrive()
+                self._sink.put(frame.picture)
+                self.taken += 1
+        except OutputError as error:
+            self._failure = error
+        except Exception as error:
+            self._failure = OutputError(f"the video writer stopped after {self.taken} frames: {error!r}.")
+            self._failure.__cause__ = error
+        # Nobody may wait for ever for a place in the queue of a failed sink.
+        deque(frames, maxlen=0)
+
+
+class _Pictures:
+    """Numbered PNG files in one folder."""
+
+    def __init__(self, folder: Path, name: str, enlarge: int) -> None:
+        self._folder = folder
+        self._name = name
+        self._enlarge = enlarge
+        self._frames = 0
+
+    def put(self, picture: np.ndarray) -> None:
+        from PIL import Image
+
+        final = self._folder / (self._name % self._frames)
+        part = final.with_suffix(".part")
+        large = picture.repeat(self._enlarge, axis=0).repeat(self._enlarge, axis=1)
+        try:
+            self._folder.mkdir(exist_ok=True)
+            # Level 1 is several times as fast as the default, and hardly larger.
+            Image.fromarray(large).save(part, format="PNG", compress_level=1)
+            part.replace(final)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            full = error.errno == errno.ENOSPC
+            remedy = "Free some room or write to another disk." if full else "Choose another folder."
+            raise OutputError(f"{final} cannot be written ({error.strerror}). {remedy}") from error
+        self._frames += 1
+
+    def finish(self) -> None:
+        """Nothing is left to do: every picture is complete by itself."""
+
+
+def _as_bytes(frames: Tensor) -> Iterator[_Waiting]:
+    """Round ``(F, 3, H, W)`` in [0, 1] to bytes on its device, fetch them, and deal them out one by one."""
+    small = frames.detach().float().clamp(0, 1).mul_(255).round_().to(torch.uint8)
+    small = small.permute(0, 2, 3, 1).contiguous()
+    arrive = None
+    if small.is_cuda:
+        # Into pinned memory; the thread waits for the copy, so the caller can launch the next chunk at once.
+        host = torch.empty(small.shape, dtype=small.dtype, pin_memory=True)
+        host.copy_(small, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(small.device))
+        small, arrive = host, copied.synchronize
+    for picture in small.cpu().numpy():
+        yield _Waiting(picture, arrive)
+
+
+def _check_settings(*, width: int, height: int, fps: float, enlarge: int, waiting: int) -> None:
+    if enlarge < 1 or waiting < 1:
+        raise SettingsError(f"enlarge is {enlarge} and waiting is {waiting}; both must be at least 1.")
+    if not 0 < fps < 1000:
+        raise SettingsError(f"fps is {fps:g}; it must be above 0 and below 1000, e.g. {FPS}.")
+    if width < 2 or height < 2 or width * enlarge % 2 or height * enlarge % 2:
+        raise GeometryError(f"the video is {width}x{height} enlarged by {enlarge}; both sides must be even.")
