@@ -76,12 +76,13 @@ def rollout(
     like: Tensor,
     start: int = 0,
     exit_step: int | None = None,
+    keep_last: bool = False,
 ) -> Iterator[Tensor]:
     """Yield the clean chunks ``start`` to ``chunks - 1``, each ``(B, C, T, H, W)``, oldest first.
 
     A generator: the caller decodes, previews or cancels between chunks, and memory does
     not grow with the length of the video. A chunk is yielded before it is remembered, so
-    whoever decodes it works while the caller asks for the next; the last is not remembered.
+    whoever decodes it works while the caller asks for the next.
 
     Args:
         student: Velocity model, bound to its conditioning.
@@ -92,12 +93,13 @@ def rollout(
         like: Any tensor with the shape, device and dtype of one chunk.
         start: First chunk to generate.
         exit_step: See ``denoise_chunk``.
+        keep_last: Remember the last chunk too, so that the cache can go on from it.
     """
     for chunk in range(start, chunks):
         cache.open(chunk)
         clean = denoise_chunk(student, noise, schedule, cache, chunk=chunk, like=like, exit_step=exit_step)
         yield clean
-        if chunk + 1 < chunks:
+        if keep_last or chunk + 1 < chunks:
             # The past is remembered clean, not as it was denoised.
             student.remember(clean.detach(), cache)
             cache.close()

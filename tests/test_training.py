@@ -14,7 +14,7 @@ from torch import nn
 from sfpp_core.config import StudentConfig
 from training.config import ConfigError, build, load
 from training.export import ExportSettings
-from training.loop import LoopSettings, run
+from training.loop import LoopSettings, OptimiserSettings, Trained, run
 from training.make_ode_pairs import PairSettings
 from training.teacher import DemoModel, trajectory, velocity
 from training.train_ode import OdeSettings, draw_levels, pick_states
@@ -44,16 +44,20 @@ class Toy(nn.Module):
 def train(out, *, iterations=10, stop_at=None):
     """Train a toy; send this process SIGTERM in iteration ``stop_at``."""
     toy = Toy()
+    settings = OptimiserSettings(lr=0.05, matrix_lr=0.01, ema=0.5, warmup=2)
+    trained = Trained(toy, settings, updates=iterations)
 
-    def loss(iteration):
+    def step(iteration):
         if iteration == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         generator = torch.Generator().manual_seed(iteration)
         x = torch.randn(8, 6, generator=generator)
-        return (toy(x) - x.sum(1, keepdim=True)).square().mean(), {}
+        loss = (toy(x) - x.sum(1, keepdim=True)).square().mean()
+        return {"norm": trained.update(loss, iteration)}
 
-    settings = LoopSettings(out=str(out), iterations=iterations, lr=0.05, ema=0.5, warmup=2, sample_every=5)
-    return run(settings, toy, loss, lambda module, path: path.write_text("sheet")), toy
+    loop = LoopSettings(out=str(out), iterations=iterations, sample_every=5)
+    run(loop, {"toy": trained}, step, lambda path: path.write_text("sheet"))
+    return trained.averaged, toy
 
 
 def test_ten_updates_equal_four_and_a_kill_and_six(tmp_path):
@@ -76,11 +80,10 @@ def test_training_lowers_the_loss_and_leaves_samples_and_a_log(tmp_path):
     assert (tmp_path / "sample_000060.png").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    toy = Toy()
-    settings = LoopSettings(out=str(tmp_path), iterations=3)
-    with pytest.raises(FloatingPointError, match="loss is nan at iteration 0"):
-        run(settings, toy, lambda _: (toy.net["out"].bias.sum() * float("nan"), {}), lambda *_: None)
+def test_a_loss_that_is_not_finite_stops_the_run():
+    trained = Trained(Toy(), OptimiserSettings(lr=0.1), updates=3)
+    with pytest.raises(FloatingPointError, match="loss is nan at update 2"):
+        trained.update(trained.module.net["out"].bias.sum() * float("nan"), 2)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,11 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +23,18 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-Loss = Callable[[int], tuple[Tensor, dict[str, float]]]
-"""From the iteration to its loss and the numbers worth logging."""
+M = TypeVar("M", bound=nn.Module)
 
-Sample = Callable[[nn.Module, Path], None]
-"""Writes a sample sheet of the averaged weights to a path."""
+Step = Callable[[int], dict[str, float]]
+"""Makes the update of one iteration and returns the numbers worth logging."""
+
+Sample = Callable[[Path], None]
+"""Writes a sample sheet to a path."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopSettings:
-    """Length, optimiser and bookkeeping of one stage."""
+    """Length and bookkeeping of one stage."""
 
     out: str
     """Folder of the run: log, samples, ``last.pt``."""
@@ -42,24 +44,6 @@ class LoopSettings:
 
     seed: int = 0
     """Of the initial weights and of every batch."""
-
-    matrix_lr: float = 0.01
-    """Learning rate of Muon, for the matrices of the transformer layers."""
-
-    lr: float = 1e-3
-    """Learning rate of AdamW, for everything else."""
-
-    warmup: int = 50
-    """Updates over which the learning rates rise."""
-
-    hold: float = 0.5
-    """Share of the updates before the learning rates fall along a cosine to 0."""
-
-    clip: float = 1.0
-    """Largest norm of the gradient."""
-
-    ema: float = 0.995
-    """Decay of the averaged weights."""
 
     save_seconds: float = 60.0
     """Seconds between saves."""
@@ -73,12 +57,6 @@ class LoopSettings:
     device: str = "auto"
     """``auto`` is the GPU if there is one."""
 
-    def rate(self, iteration: int) -> float:
-        """Return the share of the full learning rate at ``iteration``."""
-        rising = min(1.0, (iteration + 1) / max(1, self.warmup))
-        past = max(0.0, iteration / self.iterations - self.hold) / max(1e-9, 1 - self.hold)
-        return rising * 0.5 * (1 + math.cos(math.pi * past))
-
     def pick_device(self) -> torch.device:
         """Return the device to train on, with torch's threads set."""
         torch.set_num_threads(self.threads)
@@ -86,73 +64,121 @@ class LoopSettings:
         return torch.device(name)
 
 
-class Optimisers:
-    """Muon for the matrices of the transformer layers, AdamW for the rest, as one optimiser."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimiserSettings:
+    """How the weights of one module are updated."""
 
-    def __init__(self, module: nn.Module, settings: LoopSettings) -> None:
+    lr: float
+    """Learning rate of AdamW."""
+
+    matrix_lr: float = 0.0
+    """Learning rate of Muon for the matrices of the transformer layers; 0 leaves them to AdamW."""
+
+    betas: tuple[float, ...] = (0.9, 0.99)
+    """Decay of AdamW's averages."""
+
+    warmup: int = 50
+    """Updates over which the learning rates rise."""
+
+    hold: float = 0.5
+    """Share of the updates before the learning rates fall along a cosine to 0."""
+
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+
+    ema: float = 0.995
+    """Decay of the averaged weights."""
+
+
+class Trained(Generic[M]):
+    """A module with its optimisers and its averaged weights.
+
+    Muon moves the matrices of the transformer layers, AdamW the rest.
+    """
+
+    def __init__(self, module: M, settings: OptimiserSettings, *, updates: int) -> None:
+        """Take ``module`` for a stage of ``updates`` updates."""
+        self.module = module
+        self._averaged = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
+        self._settings, self._updates = settings, updates
         matrices, rest = [], []
         for name, parameter in module.named_parameters():
-            (matrices if ".blocks." in name and parameter.ndim == 2 else rest).append(parameter)
-        self._settings = settings
-        self._optimisers = (
-            (torch.optim.Muon(matrices, lr=settings.matrix_lr, weight_decay=0.0), settings.matrix_lr),
-            (torch.optim.AdamW(rest, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0), settings.lr),
-        )
+            is_matrix = settings.matrix_lr and ".blocks." in name and parameter.ndim == 2
+            (matrices if is_matrix else rest).append(parameter)
+        betas = (settings.betas[0], settings.betas[1])
+        adam = torch.optim.AdamW(rest, lr=settings.lr, betas=betas, weight_decay=0.0)
+        self._optimisers: list[tuple[torch.optim.Optimizer, float]] = [(adam, settings.lr)]
+        if matrices:
+            muon = torch.optim.Muon(matrices, lr=settings.matrix_lr, weight_decay=0.0)
+            self._optimisers.append((muon, settings.matrix_lr))
 
-    def step(self, iteration: int) -> None:
-        """Update at the learning rate of ``iteration`` and forget the gradients."""
+    @property
+    def averaged(self) -> M:
+        """The averaged weights, as a module of the same kind."""
+        return cast(M, self._averaged.module)
+
+    def rate(self, update: int) -> float:
+        """Return the share of the full learning rate at ``update``."""
+        rising = min(1.0, (update + 1) / max(1, self._settings.warmup))
+        hold = self._settings.hold
+        past = max(0.0, update / self._updates - hold) / max(1e-9, 1 - hold)
+        return rising * 0.5 * (1 + math.cos(math.pi * past))
+
+    def update(self, loss: Tensor, update: int) -> float:
+        """Follow the gradient of ``loss`` once; return its norm.
+
+        Raises:
+            FloatingPointError: The loss is not finite.
+        """
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"loss is {loss.item()} at update {update}; the last save is as it was.")
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._settings.clip)
         for optimiser, lr in self._optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = lr * self._settings.rate(iteration)
+                group["lr"] = lr * self.rate(update)
             optimiser.step()
             optimiser.zero_grad()
+        self._averaged.update_parameters(self.module)
+        return norm.item()
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        """Return the state of both."""
-        return [optimiser.state_dict() for optimiser, _ in self._optimisers]
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to go on."""
+        return {
+            "module": self.module.state_dict(),
+            "averaged": self._averaged.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser, _ in self._optimisers],
+        }
 
-    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        """Restore the state of both."""
-        for (optimiser, _), state in zip(self._optimisers, states, strict=True):
-            optimiser.load_state_dict(state)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.module.load_state_dict(state["module"])
+        self._averaged.load_state_dict(state["averaged"])
+        for (optimiser, _), saved in zip(self._optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
 
 
-def run(settings: LoopSettings, module: nn.Module, loss: Loss, sample: Sample) -> nn.Module:
-    """Train ``module`` in place and return its averaged weights.
+def run(settings: LoopSettings, parts: Mapping[str, Trained[Any]], step: Step, sample: Sample) -> None:
+    """Run the iterations of one stage.
 
     Continues from ``last.pt`` in the output folder if it is there. SIGTERM and Ctrl-C save and stop.
 
     Args:
-        settings: Length, optimiser and bookkeeping.
-        module: Everything that is trained.
-        loss: Loss of one iteration; draws its batch from the iteration.
+        settings: Length and bookkeeping.
+        parts: Everything that is trained, by the name it is saved under.
+        step: Makes the update of one iteration; draws its batch from the iteration.
         sample: Writes a sample sheet.
-
-    Raises:
-        FloatingPointError: The loss is not finite; the last save is left as it is.
     """
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    averaged = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
-    optimisers = Optimisers(module, settings)
-    parts = {"module": module, "averaged": averaged, "optimisers": optimisers}
     start, seconds = _resume(out / "last.pt", parts)
     began, saved = time.monotonic() - seconds, time.monotonic()
     with _stop_signals() as stopped, tqdm(total=settings.iterations, initial=start, desc=out.name) as bar:
         for iteration in range(start, settings.iterations):
-            value, numbers = loss(iteration)
-            if not torch.isfinite(value):
-                raise FloatingPointError(
-                    f"loss is {value.item()} at iteration {iteration}; see {out}/last.pt."
-                )
-            value.backward()
-            norm = nn.utils.clip_grad_norm_(module.parameters(), settings.clip)
-            optimisers.step(iteration)
-            averaged.update_parameters(module)
+            numbers = step(iteration)
             done = iteration + 1
             bar.update()
             if done % 20 == 0:
-                numbers = {"loss": value.item(), "norm": norm.item(), **numbers}
                 bar.set_postfix({name: f"{number:.4f}" for name, number in numbers.items()})
                 _log(out / "log.jsonl", {"iteration": done, "seconds": time.monotonic() - began, **numbers})
             due = time.monotonic() - saved > settings.save_seconds
@@ -160,22 +186,21 @@ def run(settings: LoopSettings, module: nn.Module, loss: Loss, sample: Sample) -
                 _save(out / "last.pt", parts, done, time.monotonic() - began)
                 saved = time.monotonic()
             if done % settings.sample_every == 0 or done == settings.iterations:
-                sample(averaged.module, out / f"sample_{done:06d}.png")
+                sample(out / f"sample_{done:06d}.png")
             if stopped:
                 raise SystemExit(
                     f"stopped at iteration {done} of {settings.iterations}; run again to continue."
                 )
-    return averaged.module
 
 
-def _save(path: Path, parts: dict[str, Any], done: int, seconds: float) -> None:
+def _save(path: Path, parts: Mapping[str, Trained[Any]], done: int, seconds: float) -> None:
     """Write the state of every part, whole or not at all."""
     state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
     torch.save({**state, "done": done, "seconds": seconds}, path.with_suffix(".partial"))
     os.replace(path.with_suffix(".partial"), path)  # noqa: PTH105 - atomic on every system
 
 
-def _resume(path: Path, parts: dict[str, Any]) -> tuple[int, float]:
+def _resume(path: Path, parts: Mapping[str, Trained[Any]]) -> tuple[int, float]:
     """Restore every part; return the updates done and the seconds spent."""
     if not path.exists():
         return 0, 0.0

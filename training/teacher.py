@@ -21,6 +21,16 @@ from training.world import VOCABULARY
 QUERY_GAIN = 1.5
 """Initial gain of the query norms: sharper attention, so that motion is found sooner."""
 
+SAMPLE_PROMPTS = (
+    "a red circle moves right slowly",
+    "a blue square moves up fast",
+    "a yellow triangle drifts down and left, slowly",
+    "a green circle glides left fast",
+    "a purple square moves up and right slowly",
+    "an orange triangle moves down fast",
+)
+"""Prompts of the sample sheets."""
+
 
 class DemoModel(nn.Module):
     """Transformer and words, trained together: the teacher, and what the student starts from."""
@@ -82,7 +92,7 @@ def trajectory(
 
 def load_demo_model(path: Path) -> DemoModel:
     """Read the averaged weights of a run from its ``last.pt``."""
-    state = torch.load(path, map_location="cpu", weights_only=True)["averaged"]
+    state = torch.load(path, map_location="cpu", weights_only=True)["model"]["averaged"]
     weights = {name.removeprefix("module."): value for name, value in state.items() if name != "n_averaged"}
     model = DemoModel()
     model.load_state_dict(weights)

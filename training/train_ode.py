@@ -15,20 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfpp_core.config import RolloutSettings
-from sfpp_core.geometry import VideoGeometry
-from sfpp_core.sampler import LongSampler
 from sfpp_core.schedule import FewStepSchedule, clean_from_velocity
-from sfpp_core.student import CausalStudent, causal_mask
+from sfpp_core.student import causal_mask
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training.config import load
-from training.loop import LoopSettings, run
+from training.loop import LoopSettings, OptimiserSettings, Trained, run
 from training.make_ode_pairs import Pairs, PairSettings
-from training.sheets import sheet
-from training.teacher import DemoModel, load_demo_model
-from training.train_teacher import SAMPLE_PROMPTS
+from training.sheets import roll_sheet
+from training.teacher import load_demo_model
 
 TOKENS = 16
 """Tokens of a latent frame of the demo."""
@@ -39,7 +36,10 @@ class OdeSettings:
     """Settings of the causal initialisation."""
 
     loop: LoopSettings
-    """Length and optimiser."""
+    """Length and bookkeeping."""
+
+    optimiser: OptimiserSettings
+    """How the student is updated."""
 
     pairs: PairSettings
     """How the pairs were made."""
@@ -95,7 +95,9 @@ def main(settings: OdeSettings) -> None:
     ).to(device)
     sigmas = torch.tensor([*FewStepSchedule.uniform(rollout.steps, shift=rollout.shift).sigmas, 0.0])
 
-    def loss(iteration: int) -> tuple[Tensor, dict[str, float]]:
+    trained = Trained(student, settings.optimiser, updates=settings.loop.iterations)
+
+    def step(iteration: int) -> dict[str, float]:
         states, captions, rng = pairs.batch(settings.loop.seed, iteration, settings.batch)
         chunks = latent_frames // rollout.chunk
         levels = draw_levels(rng, settings.batch, chunks, rollout.steps, clean_prefix=settings.clean_prefix)
@@ -105,40 +107,16 @@ def main(settings: OdeSettings) -> None:
             velocity = student.bind(captions, dtype=torch.bfloat16).whole(noisy, sigma, mask=mask)
         clean = clean_from_velocity(noisy, velocity, sigma[:, None, :, None, None])
         error = (clean - target).square().mean(dim=(1, 3, 4))
-        counted = sigma > 0
-        last = error[sigma == sigmas[-2].to(device)]
-        return (error * counted).sum() / counted.sum(), {"last": last.mean().item()} if len(last) else {}
+        loss = error[sigma > 0].mean()
+        last = error[sigma == sigmas[-2].to(device)].mean().item()
+        return {"loss": loss.item(), "norm": trained.update(loss, iteration), "last": last}
 
     autoencoder = TinyAutoencoder.load(Path(settings.autoencoder)).to(device)
 
-    def sample(module: nn.Module, path: Path) -> None:
-        assert isinstance(module, DemoModel)
-        roll_sheet(module, autoencoder, rollout, path, device=device)
+    def sample(path: Path) -> None:
+        roll_sheet(trained.averaged, autoencoder, rollout, path, device=device)
 
-    run(settings.loop, student, loss, sample)
-
-
-@torch.inference_mode()
-def roll_sheet(
-    model: DemoModel,
-    autoencoder: TinyAutoencoder,
-    settings: RolloutSettings,
-    path: Path,
-    *,
-    device: torch.device,
-    seconds: float = 20.0,
-) -> None:
-    """Write a contact sheet of rollouts of the sample prompts."""
-    geometry = VideoGeometry(height=64, width=64, frames=round(seconds * 16), chunk=settings.chunk)
-    student = CausalStudent(model.network, model.config)
-    sampler = LongSampler(student=student, geometry=geometry, settings=settings, seed=1, device=device)
-    autoencoder.reset()
-    frames = [autoencoder.decode(clean) for clean in sampler.chunks(model.words(SAMPLE_PROMPTS))]
-    clips = torch.cat(frames, dim=1)
-    sheet(
-        [(f"{prompt} ({seconds:g} s)", clip) for prompt, clip in zip(SAMPLE_PROMPTS, clips, strict=True)],
-        path,
-    )
+    run(settings.loop, {"model": trained}, step, sample)
 
 
 if __name__ == "__main__":

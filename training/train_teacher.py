@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfpp_core.schedule import add_noise, warp
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training.config import load
 from training.latents import Clips, prepare
-from training.loop import LoopSettings, run
+from training.loop import LoopSettings, OptimiserSettings, Trained, run
 from training.sheets import sheet
-from training.teacher import DemoModel, trajectory
+from training.teacher import SAMPLE_PROMPTS, DemoModel, trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +25,10 @@ class TeacherSettings:
     """Settings of the teacher stage."""
 
     loop: LoopSettings
-    """Length and optimiser."""
+    """Length and bookkeeping."""
+
+    optimiser: OptimiserSettings
+    """How the teacher is updated."""
 
     autoencoder: str
     """Weights of the demo autoencoder."""
@@ -49,17 +52,6 @@ class TeacherSettings:
     """Guidance of the sample sheets."""
 
 
-SAMPLE_PROMPTS = (
-    "a red circle moves right slowly",
-    "a blue square moves up fast",
-    "a yellow triangle drifts down and left, slowly",
-    "a green circle glides left fast",
-    "a purple square moves up and right slowly",
-    "an orange triangle moves down fast",
-)
-"""Prompts of the sample sheets."""
-
-
 def main(settings: TeacherSettings) -> None:
     """Train the teacher."""
     device = settings.loop.pick_device()
@@ -68,7 +60,9 @@ def main(settings: TeacherSettings) -> None:
     clips = Clips(Path(settings.latents), seed=settings.loop.seed, drop=settings.drop)
     teacher = DemoModel(seed=settings.loop.seed).to(device)
 
-    def loss(iteration: int) -> tuple[Tensor, dict[str, float]]:
+    trained = Trained(teacher, settings.optimiser, updates=settings.loop.iterations)
+
+    def step(iteration: int) -> dict[str, float]:
         clean, captions, generator = clips.batch(iteration, settings.batch)
         sigma = warp_all(torch.rand(settings.batch, 1, generator=generator), settings.shift)
         noise = torch.randn(clean.shape, generator=generator)
@@ -77,22 +71,23 @@ def main(settings: TeacherSettings) -> None:
         with torch.autocast(device.type, torch.bfloat16):
             velocity = teacher.bind(captions, dtype=torch.bfloat16).whole(noisy, sigma)
         error = (velocity - (noise - clean)).square().mean(dim=(1, 2, 3, 4))
-        high = error[sigma[:, 0] > 0.85]
+        norm = trained.update(error.mean(), iteration)
         # The error at high noise falls when motion has been learned.
-        return error.mean(), {"high": high.mean().item()} if len(high) else {}
+        high = error[sigma[:, 0] > 0.85].mean().item()
+        return {"loss": error.mean().item(), "norm": norm, "high": high}
 
-    def sample(module: nn.Module, path: Path) -> None:
-        assert isinstance(module, DemoModel)
+    def sample(path: Path) -> None:
+        averaged = trained.averaged
         generator = torch.Generator().manual_seed(1)
         noise = torch.randn(len(SAMPLE_PROMPTS), *clips.latents.shape[1:], generator=generator).to(device)
-        *_, (_, clean) = trajectory(module, noise, SAMPLE_PROMPTS, steps=24, guidance=settings.guidance)
+        *_, (_, clean) = trajectory(averaged, noise, SAMPLE_PROMPTS, steps=24, guidance=settings.guidance)
         rows = []
         for prompt, clip in zip(SAMPLE_PROMPTS, clean, strict=True):
             autoencoder.reset()
             rows.append((prompt, autoencoder.decode(clip[None])[0]))
         sheet(rows, path)
 
-    run(settings.loop, teacher, loss, sample)
+    run(settings.loop, {"model": trained}, step, sample)
 
 
 def warp_all(sigma: Tensor, shift: float) -> Tensor:
