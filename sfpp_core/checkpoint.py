@@ -1,0 +1,222 @@
+"""Students, and the words of the demo, on disk: saving, and loading straight into a network.
+
+Parameters carry Wan's own names in the file, and no others.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import RolloutSettings, StudentConfig, to_table
+from .errors import CheckpointError
+from .inspection import HOST_KEY, STUDENT_KEY, TEACHER, WORDS_KEY, FileInfo, describe, listed
+from .network import WanNetwork
+from .weights_file import DTYPES, Header, read_header, read_tensors, write
+from .words import WordEncoder
+
+HOST_MARK = {"transformer": {"causal_ar": True}}
+"""Tells core ComfyUI that a student generates chunk by chunk."""
+
+logger = logging.getLogger(__name__)
+
+
+def save(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    config: StudentConfig,
+    settings: RolloutSettings,
+    *,
+    stage: str,
+    dtype: torch.dtype | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a student as one file that carries its architecture and its settings.
+
+    Args:
+        path: File to write; it appears once it is whole.
+        tensors: A state dict of ``WanNetwork``.
+        config: Architecture.
+        settings: How it was trained to be rolled out.
+        stage: Training stage that made it, e.g. ``ode``, or ``teacher``.
+        dtype: Dtype in the file; ``None`` keeps that of each tensor.
+        notes: What else is worth knowing and fits into JSON, e.g. the version of the world.
+
+    Raises:
+        CheckpointError: The tensors are not those of ``config``, or ``notes`` uses a key that is taken.
+        OutputError: The file cannot be written.
+    """
+    _check_tensors(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, config)
+    table = {"student": to_table(config), "rollout": to_table(settings), "stage": stage}
+    if taken := sorted(set(table) & set(notes or {})):
+        raise CheckpointError(f"notes has {taken[0]!r}, a key that is taken; choose another.")
+    metadata = {STUDENT_KEY: json.dumps({**table, **(notes or {})})}
+    if stage != TEACHER:
+        metadata[HOST_KEY] = json.dumps(HOST_MARK)
+    write(
+        path, {name: tensor.detach().to(dtype or tensor.dtype) for name, tensor in tensors.items()}, metadata
+    )
+
+
+def load_student(
+    path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[WanNetwork, StudentConfig, RolloutSettings]:
+    """Load a student; a plain Wan transformer too, with a warning.
+
+    Tensors go one by one from the file into a network that has no memory of its own, so the peak is about the
+    size of the result.
+
+    Args:
+        path: File in Wan's naming.
+        device: Where the weights go.
+        dtype: Dtype of the weights; ``None`` keeps that of the file.
+
+    Returns:
+        The network, frozen; its architecture; the settings it was trained with, or the defaults.
+
+    Raises:
+        CheckpointError: Not a student, or a tensor is missing, unexpected, of another shape, or not finite.
+    """
+    header = read_header(path)
+    info = check_student(path, header)
+    assert info.config is not None
+    if not info.causal:
+        logger.warning(
+            "%s was not trained to generate chunk by chunk, as far as it says: expect poor video from it; a "
+            "student trained with Self-Forcing does better.",
+            path.name,
+        )
+    network = WanNetwork(info.config, device="meta")
+    for name, stored in read_tensors(path, header):
+        weights = _finite(path, name, stored, dtype, device)
+        module, _, leaf = name.removeprefix(info.prefix).rpartition(".")
+        setattr(network.get_submodule(module), leaf, nn.Parameter(weights, requires_grad=False))
+    return network.eval(), info.config, info.settings or RolloutSettings()
+
+
+def check_student(path: Path, header: Header | None = None) -> FileInfo:
+    """Return what ``path`` holds; its header must be that of a student that can be loaded.
+
+    Raises:
+        CheckpointError: As ``load_student``, but for numbers that are not finite.
+    """
+    header = header or read_header(path)
+    info = describe(path, header)
+    if info.config is None:
+        raise CheckpointError(
+            f"{path} is not a student; it looks like {info.looks_like}. "
+            "Choose a Wan 2.1 text-to-video student."
+        )
+    _check_dtypes(path, header)
+    shapes = {name.removeprefix(info.prefix): entry.shape for name, entry in header.tensors.items()}
+    _check_tensors(path, shapes, info.config)
+    return info
+
+
+def save_words(path: Path, encoder: WordEncoder, *, groups: Mapping[str, Sequence[str]]) -> None:
+    """Write a word encoder with its vocabulary, in float16.
+
+    Args:
+        path: File to write; it appears once it is whole.
+        encoder: Vocabulary and vectors.
+        groups: The words worth telling a user, by heading, e.g. ``{"colours": ("red", "blue")}``.
+    """
+    table = {
+        "vocabulary": list(encoder.vocabulary),
+        "text_length": encoder.text_length,
+        "groups": {name: list(words) for name, words in groups.items()},
+    }
+    write(path, {"table": encoder.table.weight.detach().half()}, {WORDS_KEY: json.dumps(table)})
+
+
+def load_words(path: Path) -> tuple[WordEncoder, dict[str, tuple[str, ...]]]:
+    """Read what ``save_words`` wrote: the encoder, float32 and frozen, and the words by heading.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or holds something else.
+    """
+    header = read_header(path)
+    vocabulary, text_length, groups = _words_table(path, header)
+    _check_dtypes(path, header)
+    ((name, stored),) = read_tensors(path, header)
+    vectors = _finite(path, name, stored, torch.float32, "cpu")
+    with torch.device("meta"):
+        encoder = WordEncoder(vocabulary, text_dim=vectors.shape[1], text_length=text_length)
+    encoder.table.weight = nn.Parameter(vectors, requires_grad=False)
+    return encoder, groups
+
+
+def _words_table(path: Path, header: Header) -> tuple[list[str], int, dict[str, tuple[str, ...]]]:
+    """Return the vocabulary, the text length and the groups that the metadata of ``path`` holds."""
+    table = header.table(WORDS_KEY, where=str(path))
+    if table is None:
+        raise CheckpointError(
+            f"{path} is not a word encoder; it looks like {describe(path, header).looks_like}."
+        )
+    try:
+        vocabulary, length = [str(word) for word in table["vocabulary"]], int(table["text_length"])
+        groups = {str(name): tuple(map(str, words)) for name, words in table["groups"].items()}
+        ((words, _),) = (entry.shape for entry in header.tensors.values())
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is incomplete ({error!r}); save it again.") from error
+    if words != len(vocabulary):
+        raise CheckpointError(f"{path} has {len(vocabulary)} words but {words} vectors; save it again.")
+    return vocabulary, length, groups
+
+
+def _check_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], config: StudentConfig) -> None:
+    """Refuse tensors that are not exactly those of ``config``."""
+    wanted = parameter_shapes(config)
+    if missing := [name for name in wanted if name not in shapes]:
+        raise CheckpointError(f"{path} lacks {listed(missing)}; is it complete? Get it again.")
+    if foreign := [name for name in shapes if name not in wanted]:
+        raise CheckpointError(
+            f"{path} has tensors that Wan 2.1 text-to-video has not: {listed(foreign)}; choose another file."
+        )
+    if wrong := [name for name in wanted if shapes[name] != wanted[name]]:
+        named = [f"{name} {shapes[name]} instead of {wanted[name]}" for name in wrong]
+        raise CheckpointError(f"{path} has tensors of the wrong shape: {listed(named)}; get it again.")
+
+
+def parameter_shapes(config: StudentConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the parameters of ``config``, by name."""
+    single = WanNetwork(replace(config, layers=1), device="meta").named_parameters()
+    shapes = {}
+    for name, parameter in single:
+        _, of_a_layer, rest = name.partition("blocks.0.")
+        names = [f"blocks.{layer}.{rest}" for layer in range(config.layers)] if of_a_layer else [name]
+        shapes |= dict.fromkeys(names, tuple(parameter.shape))
+    return shapes
+
+
+def _check_dtypes(path: Path, header: Header) -> None:
+    """Refuse weights in dtypes that cannot be computed with."""
+    for name, entry in header.tensors.items():
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{path}: {name} is {entry.dtype}; quantised weights are not read, use {', '.join(DTYPES)}."
+            )
+
+
+def _finite(
+    path: Path, name: str, stored: Tensor, dtype: torch.dtype | None, device: torch.device | str
+) -> Tensor:
+    """Return ``stored`` as it is wanted, once it is known to hold only finite numbers."""
+    weights = stored.to(device=device, dtype=dtype)
+    if _all_finite(weights):
+        return weights
+    if _all_finite(stored):
+        raise CheckpointError(f"{path}: {name} is too large for {weights.dtype}; use bfloat16 or float32.")
+    raise CheckpointError(
+        f"{path}: {name} holds numbers that are not finite; the file is damaged, get it again."
+    )
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """Return whether every number is finite; a part at a time, since the test takes twice its room."""
+    return all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(2**20))

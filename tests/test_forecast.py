@@ -1,0 +1,134 @@
+"""The forecast of memory, against what tensors really take."""
+
+import weakref
+
+import pytest
+import tiny
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sfpp_core.attention import matmul, sdpa
+from sfpp_core.config import WAN_1_3B, RolloutSettings, StudentConfig
+from sfpp_core.forecast import forecast
+from sfpp_core.geometry import VideoGeometry
+from sfpp_core.kv_cache import CacheShape, RollingKVCache
+from sfpp_core.machine import in_words
+from sfpp_core.sampler import LongSampler
+from sfpp_core.student import CausalStudent
+from sfpp_core.tiny_autoencoder import TinyAutoencoder
+
+CONFIG = StudentConfig(dim=128, ffn_dim=512, heads=2, layers=2, text_dim=64, text_length=16)
+
+
+class Bytes(TorchDispatchMode):
+    """Counts the bytes of storages made under it and still alive, and their peak; weights do not count."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.alive = self.peak = 0
+        self.seen = {tensor.untyped_storage()._cdata for tensor in module.state_dict().values()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage):
+        key = storage._cdata
+        if key not in self.seen:
+            self.seen.add(key)
+            size = storage.nbytes()
+            self.alive += size
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key, size):
+        self.seen.discard(key)
+        self.alive -= size
+
+
+def geometry(height=128, width=192, **options):
+    return VideoGeometry(height=height, width=width, **{"frames": 40, **options})
+
+
+def nbytes(*tensors):
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_cache_and_text_are_exact(dtype):
+    settings = RolloutSettings(window=12, sink=3, sink_positions="relative")
+    expected = forecast(CONFIG, geometry(), settings, dtype)
+    network = tiny.network(CONFIG, dtype=dtype)
+    assert expected.weights == nbytes(*network.parameters())
+    shape = CacheShape.of(CONFIG, geometry(), settings)
+    cache = RollingKVCache(shape, batch=1, like=torch.empty(0, dtype=dtype))
+    assert expected.cache == nbytes(cache._k, cache._v, cache._true_sink)
+    bound = CausalStudent(network, CONFIG).bind(tiny.text(CONFIG))
+    assert expected.text == nbytes(*(tensor for pair in bound._text for tensor in pair))
+    assert expected.total == sum(
+        getattr(expected, name) for name in ("weights", "cache", "text", "activations", "decoder")
+    )
+
+
+@pytest.mark.parametrize("attend", [sdpa, matmul])
+@pytest.mark.parametrize("size", [(128, 192), (64, 64)])
+def test_activations_are_forecast_a_little_high(attend, size):
+    settings = RolloutSettings(window=9)
+    student = CausalStudent(tiny.network(CONFIG), CONFIG, attend=attend)
+    sampler = LongSampler(student=student, geometry=geometry(*size, frames=70), settings=settings)
+    expected = forecast(
+        CONFIG, sampler.geometry, settings, torch.float32, attention_holds_scores=attend is matmul
+    )
+    chunks = sampler.chunks(tiny.text(CONFIG))
+    with Bytes(student.network) as measured:
+        for _ in chunks:
+            pass
+    held = measured.peak - expected.cache - expected.text
+    assert 0.5 * expected.activations < held < 1.0 * expected.activations
+
+
+def test_the_decoder_is_forecast_a_little_high():
+    decoder, chunk = TinyAutoencoder(), torch.zeros(1, 16, 3, 32, 32)
+    decoder.decode(chunk)
+    with Bytes(decoder) as measured:
+        decoder.decode(chunk)
+    expected = forecast(CONFIG, geometry(256, 256), RolloutSettings(), torch.float32)
+    assert 0.5 * expected.decoder < measured.peak < expected.decoder
+
+
+def test_wan_at_its_own_size_takes_what_is_published():
+    expected = forecast(WAN_1_3B, geometry(480, 832), RolloutSettings(), torch.bfloat16)
+    assert in_words(expected.cache) == "6.04 GB"
+    assert in_words(expected.weights) == "2.84 GB"
+    assert 9.5e9 < expected.total < 9.8e9
+
+
+def test_memory_does_not_depend_on_the_length():
+    short, long = (
+        forecast(CONFIG, geometry(frames=frames), RolloutSettings(), torch.float32) for frames in (1, 10**6)
+    )
+    assert short == long
+
+
+def test_lines_name_every_part():
+    lines = forecast(CONFIG, geometry(), RolloutSettings(), torch.float32).lines()
+    assert [line.split()[0] for line in lines] == [
+        "weights",
+        "cache",
+        "text",
+        "activations,",
+        "decoder,",
+        "total",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (6.04e9, "6.04 GB"), (999_900, "1 MB"), (5e15, "5e+03 TB")],
+)
+def test_sizes_in_words(size, text):
+    assert in_words(size) == text
