@@ -13,19 +13,25 @@ from torch import nn
 
 from sfpp_core.config import StudentConfig
 from training.config import ConfigError, build, load
+from training.evaluate import EvaluateSettings
 from training.export import ExportSettings
 from training.loop import LoopSettings, OptimiserSettings, Trained, run
 from training.make_ode_pairs import PairSettings
 from training.teacher import DemoModel, trajectory, velocity
+from training.train_autoencoder import Settings as AutoencoderSettings
+from training.train_dmd import DmdSettings
 from training.train_ode import OdeSettings, draw_levels, pick_states
 from training.train_teacher import TeacherSettings
 
 CONFIGS = Path(__file__).parent.parent / "training" / "configs"
 KINDS = {
+    "demo_autoencoder": AutoencoderSettings,
     "demo_teacher": TeacherSettings,
     "demo_ode_pairs": PairSettings,
     "demo_ode": OdeSettings,
+    "demo_self_forcing": DmdSettings,
     "demo_export": ExportSettings,
+    "demo_evaluate": EvaluateSettings,
 }
 
 
@@ -167,3 +173,7 @@ def test_a_trajectory_passes_through_the_students_noise_levels_and_guidance_1_is
 def test_pairs_need_states_at_the_students_steps():
     with pytest.raises(ConfigError, match="steps is 10; it must be a multiple of student_steps, 4"):
         PairSettings(teacher="t", out="o", steps=10)
+
+
+def test_every_configuration_is_checked():
+    assert {path.stem for path in CONFIGS.glob("*.toml")} == set(KINDS)

@@ -5,7 +5,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -73,9 +73,11 @@ def build(kind: type[T], table: dict[str, Any], *, where: str) -> T:
 
 
 def _typed(hint: Any, value: Any, *, where: str) -> Any:
-    """Return ``value`` if it is a ``hint``; an integer may stand for a float."""
+    """Return ``value`` if it is a ``hint``; an integer may stand for a float, text for a path."""
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, str) and Path in (hint, *get_args(hint)):
+        return Path(value)
     if isinstance(value, list) and get_origin(hint) is tuple:
         return tuple(value)
     if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):

@@ -1,8 +1,7 @@
 """Latents of the demo world: many clips, encoded once, and batches of them with fresh captions.
 
 The world and its autoencoder live on a torus, so a clip moved by whole latent cells is another clip of the
-same
-scene: every batch is moved at random.
+same scene: every batch is moved at random.
 
 Legend: B clips, C channels, T latent frames, H and W latent height and width.
 """

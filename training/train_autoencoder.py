@@ -1,4 +1,6 @@
-"""Train the demo autoencoder: ``python -m training.train_autoencoder --out runs/autoencoder``.
+"""Stage 0 of the demo: the autoencoder.
+
+Run ``python -m training.train_autoencoder training/configs/demo_autoencoder.toml [key=value ...]``.
 
 Clips are functions of (seed, iteration): a killed run resumes exactly from ``last.pt``.
 The run ends with the latents' mean and standard deviation, a round trip, and ``autoencoder.safetensors``.
@@ -6,8 +8,8 @@ The run ends with the latents' mean and standard deviation, a round trip, and ``
 Legend: B clips, F frames, C channels, T latent frames, H and W pixels, h and w latent cells.
 """
 
-import argparse
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sfpp_core.tiny_autoencoder import TEMPORAL_STRIDE, AutoencoderConfig, TinyAutoencoder
+from training.config import load
 from training.world import render, sample_scene
 
 TRAIN, VALIDATE, MEASURE = 0, 1, 2
@@ -331,18 +334,5 @@ def main(settings: Settings) -> Path:
         return finish(settings, run, log)
 
 
-def parse() -> Settings:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m training.train_autoencoder", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, sheets and weights")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, default=30.0, help="wall time to aim at (default 30)")
-    length.add_argument("--iterations", type=int, default=0, help="optimiser updates, instead of a time")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, clips and noise (default 0)")
-    parser.add_argument("--start", type=Path, help="weights to start from: trains only the decoder")
-    return Settings(**vars(parser.parse_args()))
-
-
 if __name__ == "__main__":
-    main(parse())
+    main(load(Settings, sys.argv[1:], stage="train_autoencoder"))

@@ -1,7 +1,7 @@
 """Seconds per chunk and memory of a rollout, against a named baseline: a cache that keeps everything.
 
-Run ``python -m tests.bench.bench_rollout [--size cpu|demo|wan] [--chunks N]``. Weights are random: this measures
-speed and memory, never quality. Ratios compare columns measured in the same run.
+Run ``python -m tests.bench.bench_rollout [--size cpu|demo|wan] [--chunks N]``. Weights are random: this
+measures speed and memory, never quality. Ratios compare columns measured in the same run.
 """
 
 import argparse
@@ -66,7 +66,9 @@ def main():
     settings = RolloutSettings()
     geometry = VideoGeometry(height=height, width=width, frames=12 * options.chunks - 3)
     write = sys.stdout.write
-    write(f"{options.size}: {width}x{height}, {geometry.chunks} chunks, {device}, torch {torch.__version__}\n")
+    write(
+        f"{options.size}: {width}x{height}, {geometry.chunks} chunks, {device}, torch {torch.__version__}\n"
+    )
     write("| cache | attention | dtype | s/chunk at 8 | s/chunk at the end | end / 8 | speed | cache MB |\n")
     write("|---|---|---|---|---|---|---|---|\n")
     base = None
@@ -85,7 +87,7 @@ def main():
             early, late = statistics.median(times[6:10]), statistics.median(times[-5:-1])
             base = base or late
             write(
-                f"| {name} | {attend.__name__} | {str(dtype).removeprefix('torch.')} | {early:.4f} | {late:.4f} "
+                f"| {name} | {attend.__name__} | {str(dtype)[6:]} | {early:.4f} | {late:.4f} "
                 f"| {late / early:.2f} | {base / late:.2f}x | {numbers / 1e6:.1f} |\n"
             )
     write(f"peak RSS {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB\n")
