@@ -1,0 +1,14 @@
+"""The nodes of this pack."""
+
+from ._host import ComfyExtension, io
+from .decoding import SFPPDecodeToVideo
+from .loaders import SFPPLoadDemo, SFPPLoadStudent
+from .sampling import SFPPCacheSettings, SFPPLongSampler
+
+
+class SFPPExtension(ComfyExtension):
+    """Node list handed to ComfyUI."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Return every node class of this pack."""
+        return [SFPPLoadStudent, SFPPLoadDemo, SFPPCacheSettings, SFPPLongSampler, SFPPDecodeToVideo]

@@ -1,0 +1,312 @@
+"""Everything this pack asks of ComfyUI. The only module that may import it.
+
+Written for 0.8 and later: a name or a keyword that came after 0.8 is asked for before it is used.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import comfy.latent_formats
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models_base
+import comfy.utils
+import folder_paths
+import torch
+from comfy.cli_args import args
+from comfy.ldm.modules import attention as host_attention
+from comfy_api.latest import ComfyExtension, InputImpl, io, ui
+from comfy_execution.graph_utils import ExecutionBlocker
+from comfy_execution.progress import get_progress_state
+from comfy_execution.utils import get_executing_context
+from PIL import Image
+from server import PromptServer
+from torch import Tensor
+
+__all__ = ["ComfyExtension", "io"]
+
+PREVIEW_SIDE = 512
+"""Longest side of a preview picture, in pixels."""
+
+SECONDS_BETWEEN_UPDATES = 0.25
+"""A fast run would otherwise keep the server busy with pictures nobody can tell apart."""
+
+_MODEL_FOLDER = "diffusion_models"
+_ATTACHMENT = "sfpp"
+
+logger = logging.getLogger(__name__)
+
+
+# --- describing nodes -----------------------------------------------------------------------------------
+
+
+def schema(**fields: Any) -> io.Schema:
+    """Return a node's schema; fields this ComfyUI does not know yet are left out."""
+    known = io.Schema.__dataclass_fields__
+    return io.Schema(**{name: value for name, value in fields.items() if name in known})
+
+
+def blocked(message: str) -> Any:
+    """Return an output that stops whoever reads it, with ``message``."""
+    return ExecutionBlocker(message)
+
+
+# --- models ---------------------------------------------------------------------------------------------
+
+
+def model_files() -> list[str]:
+    """Return the files in the user's ``models/diffusion_models`` folders."""
+    return folder_paths.get_filename_list(_MODEL_FOLDER)
+
+
+def model_path(name: str) -> Path:
+    """Return where one of ``model_files`` lies.
+
+    Raises:
+        FileNotFoundError: It is gone.
+    """
+    return Path(folder_paths.get_full_path_or_raise(_MODEL_FOLDER, name))
+
+
+def load_model(path: Path) -> Any:
+    """Load a diffusion model as core's own loader does: casting, LoRA and offloading are the host's."""
+    return comfy.sd.load_diffusion_model(str(path))
+
+
+def attach(model: Any, settings: Any) -> Any:
+    """Return a clone of ``model`` that carries ``settings``; clones of the clone carry them too."""
+    clone = model.clone()
+    clone.set_attachments(_ATTACHMENT, settings)
+    return clone
+
+
+def attached(model: Any) -> Any:
+    """Return what ``attach`` put on ``model`` or on what it was cloned from, else ``None``."""
+    return model.get_attachment(_ATTACHMENT)
+
+
+def compute_dtype(model: Any) -> torch.dtype:
+    """Return the dtype the layers of ``model`` compute in."""
+    return model.model.manual_cast_dtype or model.model.get_dtype()
+
+
+def parameter_reader(model: Any) -> Any:
+    """Return a function that brings a bare parameter to the compute device, wherever it was offloaded to."""
+    return lambda parameter: comfy.model_management.cast_to(parameter, device=model.load_device)
+
+
+def attention_of(model: Any, heads: int) -> Any | None:
+    """Return the host's attention as ``(B, N, L, D)`` to ``(B, N, L, D)``.
+
+    ``None`` where it has nothing to add: on a CPU without an override its default is the slowest choice.
+    """
+    options = comfy.model_patcher.create_model_options_clone(model.model_options)["transformer_options"]
+    if model.load_device.type == "cpu" and "optimized_attention_override" not in options:
+        return None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return host_attention.optimized_attention(
+            q, k, v, heads, skip_reshape=True, skip_output_reshape=True, transformer_options=options
+        )
+
+    return attend
+
+
+def additions_without_effect(model: Any) -> list[str]:
+    """Return what other nodes have put on ``model`` that only core's samplers would run."""
+    options = model.model_options
+    transformer = options.get("transformer_options", {})
+    found = [name for name in ("patches", "patches_replace") if transformer.get(name)]
+    found += [name for name in ("model_function_wrapper", "context_handler") if name in options]
+    wrapped = any(model.wrappers.values()) or any(transformer.get("wrappers", {}).values())
+    return found + ["wrappers"] * wrapped + ["model_sampling"] * ("model_sampling" in model.object_patches)
+
+
+@contextmanager
+def running(model: Any) -> Iterator[None]:
+    """Tell the host that a run of ``model`` begins, and that it is over."""
+    model.pre_run()
+    try:
+        yield
+    finally:
+        model.cleanup()
+
+
+def load(models: Sequence[Any], memory: float) -> None:
+    """Bring ``models`` to the compute device, with ``memory`` bytes of room for activations.
+
+    Costs microseconds where nothing has changed, so it is called before every chunk.
+    """
+    nested = [extra for model in models for extra in model.get_nested_additional_models()]
+    comfy.model_management.load_models_gpu([*models, *nested], memory_required=memory)
+
+
+def activation_bytes(model: Any, shape: tuple[int, ...]) -> float:
+    """Return the host's estimate of what one forward over a latent of ``shape`` needs."""
+    return model.model.memory_required(list(shape))
+
+
+def from_host_latent(latent: Tensor) -> Tensor:
+    """Return a latent of the host's scale normalised, with Wan's constants."""
+    return comfy.latent_formats.Wan21().process_in(latent)
+
+
+def to_host_latent(latent: Tensor) -> Tensor:
+    """Return a normalised latent at the host's scale, with Wan's constants."""
+    return comfy.latent_formats.Wan21().process_out(latent)
+
+
+def stop_if_cancelled() -> None:
+    """Raise ComfyUI's own interrupt if the user pressed Cancel."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+# --- text encoders and decoders of our own --------------------------------------------------------------
+
+
+def own_clip(tokenizer: Callable[..., Any], encoder: Callable[..., Any], weights: dict[str, Tensor]) -> Any:
+    """Return a CLIP made of classes of ours, under core's memory management.
+
+    Args:
+        tokenizer: Has ``tokenize_with_weights(text, return_word_ids, **options)``.
+        encoder: ``torch.nn.Module`` with ``dtypes``, ``set_clip_options``, ``reset_clip_options``,
+            ``encode_token_weights`` and ``load_sd``.
+        weights: State dict of the encoder.
+    """
+    target = comfy.supported_models_base.ClipTarget(tokenizer, encoder)
+    parameters = comfy.utils.calculate_parameters(weights)
+    return comfy.sd.CLIP(target, parameters=parameters, state_dict=[weights])
+
+
+def own_patcher(module: torch.nn.Module) -> Any:
+    """Return ``module`` under core's memory management."""
+    management = comfy.model_management
+    return comfy.model_patcher.ModelPatcher(
+        module, load_device=management.vae_device(), offload_device=management.vae_offload_device()
+    )
+
+
+# --- progress -------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """What the user sees while a video is read: bar and text on the node at work, preview on its maker.
+
+    A node that ends with a video of its own must show no preview: frontends would keep that instead.
+
+    Use::
+
+        with Progress(chunks, sampler) as progress:
+            progress.show(1, "chunk 1 of 80", picture)
+    """
+
+    def __init__(self, total: int, maker: str | None = None) -> None:
+        """Open a progress bar of ``total`` ticks.
+
+        Args:
+            total: Ticks.
+            maker: Id of the node that made what is being read, if it should show bar and preview as well.
+        """
+        self._bar = comfy.utils.ProgressBar(total)
+        self._total = total
+        self._maker = maker
+        self._shown = -math.inf
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._maker is not None:
+            get_progress_state().finish_progress(self._maker)
+
+    def show(self, done: int, text: str, picture: Callable[[], Tensor] | None = None) -> None:
+        """Set the bar, the text and the preview, a few times a second at most.
+
+        Args:
+            done: Ticks done.
+            text: One line.
+            picture: Makes the preview, ``(3, H, W)`` in [0, 1], where there is time to show it.
+
+        Raises:
+            The host's interrupt, if the user pressed Cancel.
+        """
+        stop_if_cancelled()
+        if done < self._total and time.monotonic() - self._shown < SECONDS_BETWEEN_UPDATES:
+            return
+        self._shown = time.monotonic()
+        say(text)
+        self._bar.update_absolute(done, self._total)
+        if self._maker is not None:
+            preview = None if picture is None else ("JPEG", _to_pil(picture()), PREVIEW_SIDE)
+            get_progress_state().update_progress(self._maker, done, self._total, preview)
+
+
+def say(text: str) -> None:
+    """Show a text on the node that is being executed, while it runs and after."""
+    context = get_executing_context()
+    if context is not None:
+        server = PromptServer.instance
+        server.send_progress_text(text, context.node_id, server.client_id)
+
+
+def _to_pil(picture: Tensor) -> Image.Image:
+    """Return ``(3, H, W)`` in [0, 1] as an image."""
+    return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+# --- videos ---------------------------------------------------------------------------------------------
+
+
+def output_file(prefix: str, width: int, height: int, suffix: str) -> tuple[Path, str]:
+    """Return a new path in the output folder, and its subfolder as the host wants it named.
+
+    Args:
+        prefix: What the user typed: may name subfolders and hold ``%date%``-like words.
+        width: Pixels, for ``%width%``.
+        height: Pixels, for ``%height%``.
+        suffix: For example ``.mp4``.
+    """
+    root = folder_paths.get_output_directory()
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, width, height)
+    return Path(folder) / f"{name}_{counter:05}_{suffix}", subfolder
+
+
+def video(path: Path) -> Any:
+    """Return a video file as the host's VIDEO: nothing is decoded until somebody asks."""
+    return InputImpl.VideoFromFile(str(path))
+
+
+def player(path: Path, subfolder: str) -> Any:
+    """Return what makes the node play a video of the output folder."""
+    return ui.PreviewVideo([ui.SavedResult(path.name, subfolder, io.FolderType.output)])
+
+
+def seal(path: Path, metadata: dict[str, Any]) -> None:
+    """Give a written video an index and ``metadata``; no frame is encoded again.
+
+    A failure leaves the video as the encoder wrote it, playable but without its workflow.
+    """
+    if not path.exists():
+        return
+    sealed = path.with_suffix(".sealing.mp4")
+    try:
+        video(path).save_to(str(sealed), metadata=metadata)
+        sealed.replace(path)
+    except (OSError, ValueError, RuntimeError) as error:
+        logger.warning("%s plays, but its workflow could not be stored in it: %s", path, error)
+        sealed.unlink(missing_ok=True)
+
+
+def metadata_of(node: type[io.ComfyNode]) -> dict[str, Any]:
+    """Return what core writes into a saved file, so that dropping it restores its workflow."""
+    hidden = node.hidden
+    if args.disable_metadata:
+        return {}
+    extra = dict(hidden.extra_pnginfo or {})
+    return extra | ({"prompt": hidden.prompt} if hidden.prompt else {})

@@ -1,0 +1,43 @@
+"""The host's CONDITIONING as text embeddings."""
+
+from typing import Any
+
+from torch import Tensor
+
+from ..sfpp_core.errors import ConditioningError
+
+UNUSABLE = {
+    "area": "an area",
+    "mask": "a mask",
+    "start_percent": "a timestep range",
+    "end_percent": "a timestep range",
+    "clip_start_percent": "a schedule of text encoders",
+    "hooks": "hooks",
+    "control": "a ControlNet",
+    "concat_latent_image": "a start image",
+    "clip_vision_output": "a CLIP vision output",
+    "reference_latents": "reference latents",
+    "time_dim_concat": "reference latents",
+}
+"""What a conditioning may carry that a text-to-video student cannot follow."""
+
+
+def embeddings_of(conditioning: list[tuple[Tensor, dict[str, Any]]]) -> Tensor:
+    """Return the text embeddings ``(B, tokens, text_dim)`` of a conditioning that holds one plain prompt.
+
+    Raises:
+        ConditioningError: It holds several prompts, or something that would be ignored.
+    """
+    if len(conditioning) != 1:
+        raise ConditioningError(
+            f"conditioning holds {len(conditioning)} prompts; the Long Sampler follows one. "
+            "Connect a CLIP Text Encode node directly, without Combine."
+        )
+    embeddings, extras = conditioning[0]
+    for key, name in UNUSABLE.items():
+        if extras.get(key) is not None:
+            raise ConditioningError(
+                f"conditioning carries {name} ({key}), which the Long Sampler cannot follow; "
+                "connect a CLIP Text Encode node directly."
+            )
+    return embeddings

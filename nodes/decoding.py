@@ -1,0 +1,167 @@
+"""Chunks of latents into a video file that grows while later chunks are generated, as a ComfyUI node."""
+
+import logging
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..sfpp_core.geometry import FPS
+from ..sfpp_core.video import check_output, forecast_bytes, open_writer
+from . import _host
+from ._host import io
+from .host_decoder import Stream, stream_of
+from .lazy_latent import ChunkSource, source_of
+from .pace import Pace
+from .plain_errors import plain_errors
+
+COMFORTABLE_SIDE = 512
+"""Pixels up to which small pictures are enlarged by themselves."""
+
+LARGEST_FACTOR = 16
+"""Most a picture is enlarged."""
+
+logger = logging.getLogger(__name__)
+
+
+class SFPPDecodeToVideo(io.ComfyNode):
+    """Decode a latent chunk by chunk straight into an MP4."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
+        return _host.schema(
+            node_id="SFPPDecodeToVideo",
+            display_name="Decode to Video (Self-Forcing++)",
+            category="video/self-forcing++",
+            description="Decodes chunk by chunk into an MP4 in the output folder. With the Long Sampler, "
+            "generation happens here too: the file grows while later chunks are made, and Cancel leaves what "
+            "is done.",
+            search_aliases=["save video", "vae decode video", "long video", "streaming decode"],
+            inputs=[
+                io.Latent.Input(
+                    "samples",
+                    tooltip="From the Long Sampler, which is asked for one chunk after the other. Other Wan "
+                    "2.1 latents work too.",
+                ),
+                io.Vae.Input(
+                    "vae", tooltip="The Wan 2.1 VAE, a tiny one for Wan 2.1, or the demo's decoder."
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default="video/SelfForcing",
+                    tooltip="Name of the MP4 in the output folder; may name subfolders.",
+                ),
+                io.Int.Input(
+                    "enlarge",
+                    default=0,
+                    min=0,
+                    max=LARGEST_FACTOR,
+                    tooltip="Each pixel of the video becomes a square of this many pixels, with sharp edges. "
+                    f"0: automatic, up to {COMFORTABLE_SIDE} pixels; 1 for pictures that large already.",
+                ),
+                io.Float.Input(
+                    "image_seconds",
+                    default=5.0,
+                    min=0.0,
+                    max=600.0,
+                    step=1.0,
+                    tooltip="Longest video, in seconds, that is given as IMAGE too; 5 s are up to 81 frames. "
+                    "Pictures take memory: a minute of 832x480 is 4.6 GB. Longer ones come as VIDEO only.",
+                ),
+            ],
+            outputs=[
+                io.Video.Output(display_name="VIDEO", tooltip="The MP4. Nothing of it is kept in memory."),
+                io.Image.Output(
+                    display_name="IMAGE",
+                    tooltip="The frames, not enlarged, of a video up to image_seconds long. 16 per second.",
+                ),
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    @plain_errors
+    def execute(
+        cls, samples: dict[str, Any], vae: Any, filename_prefix: str, enlarge: int, image_seconds: float
+    ) -> io.NodeOutput:
+        """Write the video, and return it with its frames if they are few."""
+        source, stream = source_of(samples), stream_of(vae)
+        width, height = source.size
+        enlarge = enlarge or automatic(width, height)
+        path, subfolder = _host.output_file(filename_prefix, width * enlarge, height * enlarge, ".mp4")
+        images = [] if source.frames <= 1 + image_seconds * FPS else None
+        try:
+            with closing(decoded(source, stream, vae)) as frames:
+                write_video(path, frames, source, enlarge=enlarge, images=images)
+        finally:
+            _host.seal(path, _host.metadata_of(cls))
+        pictures = (
+            _host.blocked(too_long(source.frames, image_seconds)) if images is None else as_images(images)
+        )
+        return io.NodeOutput(_host.video(path), pictures, ui=_host.player(path, subfolder))
+
+
+def automatic(width: int, height: int) -> int:
+    """Return how many times small frames are enlarged. 64x64 is 8, 832x480 is 1."""
+    return max(1, min(LARGEST_FACTOR, COMFORTABLE_SIDE // max(width, height)))
+
+
+def too_long(frames: int, limit: float) -> str:
+    """Return what the user is told who reads IMAGE of a long video."""
+    return (
+        f"IMAGE is given for videos up to {limit:g} s and this one has {frames / FPS:g} s; connect VIDEO "
+        "instead, or raise image_seconds on Decode to Video if the memory allows."
+    )
+
+
+def as_images(parts: list[Tensor]) -> Tensor:
+    """Return frames ``(F, 3, H, W)`` as the host's IMAGE ``(F, H, W, 3)``."""
+    return torch.cat(parts).movedim(1, -1).contiguous()
+
+
+def decoded(source: ChunkSource, stream: Stream, vae: Any) -> Generator[Tensor]:
+    """Yield the frames ``(F, 3, H, W)`` of each chunk; those past the end of the video are left out."""
+    left = source.frames
+    with closing(source.chunks(beside=[vae.patcher])) as chunks:
+        for chunk in chunks:
+            frames = stream.decode(chunk)[:left]
+            left -= len(frames)
+            yield frames
+
+
+def write_video(
+    path: Path, video: Iterator[Tensor], source: ChunkSource, *, enlarge: int, images: list[Tensor] | None
+) -> None:
+    """Write ``video``, the frames of ``source`` by chunks, to ``path``, and collect them in ``images``."""
+    width, height = source.size
+    size = forecast_bytes(path, frames=source.frames, width=width, height=height, enlarge=enlarge)
+    check_output(path, expected_bytes=size)
+    pace = Pace(source.chunk_count)
+    _host.say("starting")
+    writer = open_writer(path, width=width, height=height, fps=FPS, enlarge=enlarge)
+    try:
+        with _host.Progress(source.chunk_count, source.maker) as progress, writer:
+            for frames in video:
+                writer.write(frames)
+                if images is not None:
+                    images.append(frames)
+                text = pace.tick(len(frames))
+                progress.show(pace.done, text, partial(magnified, frames[-1], enlarge))
+    finally:
+        if pace.done < source.chunk_count and writer.frames_written:
+            kept = f"{writer.frames_written / FPS:.1f} s of {source.frames / FPS:.1f} s"
+            logger.warning(
+                "Stopped early: %s are in %s. Queue again to go on after the last chunk.", kept, path
+            )
+            _host.say(f"stopped: {kept} are in {path.name}")
+
+
+def magnified(picture: Tensor, factor: int) -> Tensor:
+    """Return ``(3, H, W)`` enlarged with sharp edges."""
+    return picture.repeat_interleave(factor, 1).repeat_interleave(factor, 2)

@@ -1,0 +1,184 @@
+"""A video being generated on a model the host has loaded: what a lazy latent draws from."""
+
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..sfpp_core.attention import choose
+from ..sfpp_core.config import RolloutSettings, StudentConfig
+from ..sfpp_core.errors import CheckpointError
+from ..sfpp_core.geometry import VideoGeometry
+from ..sfpp_core.kv_cache import CacheShape
+from ..sfpp_core.sampler import LongSampler
+from ..sfpp_core.student import CausalStudent
+from . import _host
+from .pace import Pace
+from .plain_errors import plain_errors
+
+TEXT_TO_VIDEO = {"WAN21", "WAN21_CausalAR"}
+"""Core's names for the models a student can be: plain Wan 2.1, and Wan 2.1 marked as causal in its file."""
+
+
+def architecture(model: Any, *, text_length: int) -> StudentConfig:
+    """Return the architecture of a loaded MODEL.
+
+    Raises:
+        CheckpointError: It is no Wan 2.1 text-to-video model.
+    """
+    kind = type(model.model).__name__
+    if kind not in TEXT_TO_VIDEO:
+        raise CheckpointError(
+            f"this MODEL is of the kind {kind}; the Long Sampler needs a Wan 2.1 text-to-video model "
+            "distilled with Self-Forcing. Load one with Load Student or Load Diffusion Model."
+        )
+    network = model.model.diffusion_model
+    channels = (network.in_dim, network.out_dim)
+    if network.model_type != "t2v" or network.img_emb is not None or network.ref_conv is not None:
+        raise CheckpointError(
+            f"this Wan model is of the type {network.model_type} and expects pictures; "
+            "the Long Sampler needs a text-to-video one."
+        )
+    if channels != (16, 16):
+        raise CheckpointError(
+            f"this Wan model has {channels} latent channels; the Long Sampler needs (16, 16)."
+        )
+    return StudentConfig(
+        dim=network.dim,
+        ffn_dim=network.ffn_dim,
+        heads=network.num_heads,
+        layers=len(network.blocks),
+        text_dim=network.text_dim,
+        text_length=text_length,
+        freq_dim=network.freq_dim,
+        eps=network.eps,
+    )
+
+
+class Generation:
+    """One video: the chunks that are finished, and all it takes to make the rest.
+
+    Chunks are kept on the CPU as they are finished. A reader that is cancelled leaves them here, and the
+    next one goes on after the last. Once the video is complete the model is let go.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: StudentConfig,
+        *,
+        embeddings: Tensor,
+        geometry: VideoGeometry,
+        settings: RolloutSettings,
+        seed: int,
+        maker: str | None = None,
+    ) -> None:
+        """Keep everything; nothing is loaded or computed before the first chunk is asked for."""
+        self.maker = maker
+        self.geometry = geometry
+        self.settings = settings
+        self.seed = seed
+        self._finished: list[Tensor] = []
+        self._recipe: tuple[Any, StudentConfig, Tensor] | None = (model, config, embeddings)
+
+    @property
+    def frames(self) -> int:
+        """Frames the video has once decoded."""
+        return self.geometry.frames
+
+    @property
+    def chunk_count(self) -> int:
+        """Chunks of the whole video."""
+        return self.geometry.chunks
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.geometry.width, self.geometry.height
+
+    def __str__(self) -> str:
+        done = f"{len(self._finished)} of {self.chunk_count} chunks"
+        return f"{self.geometry.width}x{self.geometry.height}, {self.frames} frames, {done}"
+
+    def chunks(self, *, beside: Sequence[Any] = ()) -> Generator[Tensor]:
+        """Yield every chunk ``(1, C, T, h, w)`` in the host's latents, finished ones first.
+
+        Args:
+            beside: Other models that are needed between the chunks, for example that of a decoder.
+        """
+        kept = len(self._finished)
+        yield from map(_host.to_host_latent, self._finished[:kept])
+        if self._recipe is None:
+            return
+        with closing(self._make(beside)) as fresh:
+            for clean in fresh:
+                self._finished.append(clean)
+                if len(self._finished) == self.chunk_count:
+                    self._recipe = None
+                yield _host.to_host_latent(clean)
+
+    @plain_errors
+    def samples(self) -> Tensor:
+        """Return the whole latent ``(1, C, T, h, w)``, generating what is missing with a progress bar."""
+        parts, pace = [], Pace(self.chunk_count)
+        with _host.Progress(self.chunk_count, self.maker) as progress, closing(self.chunks()) as chunks:
+            for index, chunk in enumerate(chunks):
+                parts.append(chunk)
+                progress.show(index + 1, pace.tick(self.geometry.frames_kept(index)))
+        needed = self.geometry.latent_frames
+        while self.geometry.frames_of(needed - 1) >= self.frames:
+            needed -= 1
+        return torch.cat(parts, dim=2)[:, :, :needed]
+
+    def _make(self, beside: Sequence[Any]) -> Generator[Tensor]:
+        """Yield the chunks that are missing, normalised, on the CPU."""
+        assert self._recipe is not None
+        model, config, embeddings = self._recipe
+        models = [model, *beside]
+        activations = _host.activation_bytes(model, (1, config.channels, *self.geometry.chunk_shape))
+        _host.load(models, activations + self._memory_bytes(model, config))
+        with _host.running(model):
+            sampler = LongSampler(
+                student=self._student(model, config),
+                geometry=self.geometry,
+                settings=self.settings,
+                seed=self.seed,
+                device=model.load_device,
+            )
+            if self._finished:
+                _host.say(f"going on after chunk {len(self._finished)} of {self.chunk_count}")
+            made = sampler.chunks(embeddings, past=list(self._finished))
+            for _ in range(len(self._finished), self.chunk_count):
+                # Whoever used the last chunk may have pushed the model out; if not, this costs nothing.
+                _host.load(models, activations)
+                yield next(made).cpu()
+
+    def _student(self, model: Any, config: StudentConfig) -> CausalStudent:
+        """Return the student over the layers of ``model``."""
+        dtype = _host.compute_dtype(model)
+        attend = _host.attention_of(model, config.heads) or self._own_attention(
+            config, model.load_device, dtype
+        )
+        return CausalStudent(
+            model.model.diffusion_model,
+            config,
+            attend=attend,
+            dtype=dtype,
+            patch_dtype=torch.float32,  # the host keeps this layer, a Conv3d, in float32
+            read=_host.parameter_reader(model),
+        )
+
+    def _own_attention(self, config: StudentConfig, device: torch.device, dtype: torch.dtype) -> Any:
+        """Return the attention back end this package would choose."""
+        tokens = self.geometry.tokens_per_chunk
+        shape = (1, config.heads, tokens, config.head_dim)
+        like = torch.empty((), device=device, dtype=dtype)
+        return choose("auto", shape=shape, visible=self.settings.window_chunks * tokens, like=like)
+
+    def _memory_bytes(self, model: Any, config: StudentConfig) -> float:
+        """Return the bytes a rollout remembers: its cache, and the keys and values of the text."""
+        cache = CacheShape.of(config, self.geometry, self.settings).numbers
+        text = 2 * config.layers * config.text_length * config.dim
+        return (cache + text) * _host.compute_dtype(model).itemsize

@@ -1,0 +1,102 @@
+"""The host's autoencoders, streamed: one chunk of latents in, its frames out, with no seam between chunks.
+
+Legend: B batch, C channels, T latent frames, F frames, H and W pixels, h and w latent cells.
+Latents are the host's (not normalised); frames are float32 in [0, 1] on the CPU.
+"""
+
+import logging
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..sfpp_core.errors import SettingsError
+from ._host import load
+
+OVERLAP = 8
+"""Latent frames decoded again before each chunk where an autoencoder cannot stream: all a tiny one sees."""
+
+logger = logging.getLogger(__name__)
+
+
+class Stream(Protocol):
+    """A decoder with the memory of one video."""
+
+    def decode(self, chunk: Tensor) -> Tensor:
+        """Return the frames ``(F, 3, H, W)`` of the next ``(1, C, T, h, w)``: 1 + 4(T - 1), later 4T."""
+        ...
+
+
+def stream_of(vae: Any) -> Stream:
+    """Return a fresh stream of ``vae``, the demo's decoder or any of core's for Wan 2.1.
+
+    Raises:
+        SettingsError: The autoencoder is not made for these latents.
+    """
+    if hasattr(vae, "stream"):
+        return vae.stream()
+    vae.throw_exception_if_invalid()
+    if vae.latent_channels != 16 or vae.latent_dim != 3:
+        raise SettingsError(
+            f"this VAE has {vae.latent_channels} latent channels and decodes {vae.latent_dim - 1}-D latents; "
+            "use the Wan 2.1 VAE (wan_2.1_vae.safetensors) or a tiny one made for Wan 2.1."
+        )
+    if type(vae.first_stage_model).__name__ == "WanVAE":
+        return WanStream(vae)
+    logger.info("%s cannot be streamed exactly; chunks overlap.", type(vae.first_stage_model).__name__)
+    return OverlapStream(vae)
+
+
+class WanStream:
+    """Core's Wan 2.1 autoencoder, with the feature cache it uses itself inside one decode."""
+
+    def __init__(self, vae: Any) -> None:
+        self._vae = vae
+        self._model = vae.first_stage_model
+        self._features: list[Any] = []
+
+    def decode(self, chunk: Tensor) -> Tensor:
+        """Return the frames of the next chunk."""
+        vae = self._vae
+        load([vae.patcher], vae.memory_used_decode(chunk.shape, vae.vae_dtype))
+        x = self._model.conv2(chunk.to(device=vae.device, dtype=vae.vae_dtype))
+        frames = []
+        if not self._features:
+            self._features = [None] * sum(
+                type(module).__name__ == "CausalConv3d" for module in self._model.modules()
+            )
+            frames.append(self._pass(x[:, :, :1]))
+            x = x[:, :, 1:]
+        frames += [self._pass(part) for part in x.split(self._step, dim=2) if part.shape[2]]
+        pictures = vae.process_output(torch.cat(frames, dim=2).float())
+        return pictures[0].transpose(0, 1).cpu()
+
+    @property
+    def _step(self) -> int:
+        """Latent frames per pass: one, or all where the decoder splits its work itself."""
+        return 1_000_000 if hasattr(self._model.decoder, "run_up") else 1
+
+    def _pass(self, part: Tensor) -> Tensor:
+        """Run the decoder over ``(1, C, T, h, w)``, and keep the features of the last two latent frames."""
+        before = list(self._features)
+        out = self._model.decoder(part, feat_cache=self._features, feat_idx=[0])
+        for index, (old, new) in enumerate(zip(before, self._features, strict=True)):
+            if isinstance(old, Tensor) and isinstance(new, Tensor) and new is not old and new.shape[2] == 1:
+                self._features[index] = torch.cat((old[:, :, -1:], new), dim=2)
+        return torch.cat(out, dim=2) if isinstance(out, list) else out
+
+
+class OverlapStream:
+    """Any other autoencoder: each chunk is decoded behind a piece of its past, whose frames are dropped."""
+
+    def __init__(self, vae: Any) -> None:
+        self._vae = vae
+        self._past: Tensor | None = None
+
+    def decode(self, chunk: Tensor) -> Tensor:
+        """Return the frames of the next chunk."""
+        seen = chunk if self._past is None else torch.cat((self._past, chunk), dim=2)
+        pictures = self._vae.decode(seen)[0].movedim(-1, 1).float().cpu()
+        fresh = len(pictures) if self._past is None else 4 * chunk.shape[2]
+        self._past = seen[:, :, -OVERLAP:]
+        return pictures[-fresh:]

@@ -1,0 +1,106 @@
+"""Loaders of students and of the demo, as ComfyUI nodes."""
+
+import logging
+from pathlib import Path
+
+from ..sfpp_core import demo
+from ..sfpp_core.checkpoint import load_words
+from ..sfpp_core.config import RolloutSettings
+from ..sfpp_core.errors import CheckpointError
+from ..sfpp_core.inspection import inspect
+from ..sfpp_core.tiny_autoencoder import TinyAutoencoder
+from . import _host
+from ._host import io
+from .demo_decoder import DemoVAE
+from .demo_text import demo_clip
+from .plain_errors import plain_errors
+from .student_settings import StudentSettings
+
+DEMO = "demo (built in)"
+"""Entry of the student list that needs no download."""
+
+logger = logging.getLogger(__name__)
+
+
+class SFPPLoadStudent(io.ComfyNode):
+    """Load a causal student as a MODEL of the host."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
+        return _host.schema(
+            node_id="SFPPLoadStudent",
+            display_name="Load Student (Self-Forcing++)",
+            category="loaders/self-forcing++",
+            description="Loads a Wan 2.1 text-to-video model distilled with Self-Forcing, with the settings "
+            "stored in its file. The MODEL is core's own: LoRA loaders and memory management work as usual.",
+            search_aliases=["self forcing", "causal wan", "load diffusion model", "unet loader"],
+            inputs=[
+                io.Combo.Input(
+                    "student",
+                    options=[DEMO, *_host.model_files()],
+                    default=DEMO,
+                    tooltip="A file of models/diffusion_models, or the tiny demo that comes with the pack.",
+                )
+            ],
+            outputs=[io.Model.Output(display_name="MODEL", tooltip="For LoRA loaders and the Long Sampler.")],
+        )
+
+    @classmethod
+    @plain_errors
+    def execute(cls, student: str) -> io.NodeOutput:
+        """Load the weights as core does, and attach what the file says about itself."""
+        path = demo.file(demo.STUDENT) if student == DEMO else _host.model_path(student)
+        settings = read_settings(path)
+        return io.NodeOutput(_host.attach(_host.load_model(path), settings))
+
+
+def read_settings(path: Path) -> StudentSettings:
+    """Return what the header of a student's file says; the defaults where it says nothing.
+
+    Raises:
+        CheckpointError: The file is damaged, or holds something that is no transformer.
+    """
+    if path.suffix not in (".safetensors", ".sft"):
+        return StudentSettings()
+    info = inspect(path)
+    if info.config is None:
+        raise CheckpointError(
+            f"{path.name} is not a student; it looks like {info.looks_like}. "
+            "Choose a Wan 2.1 text-to-video student."
+        )
+    if not info.causal:
+        logger.warning("%s does not say that it was distilled to generate chunk by chunk.", path.name)
+    rollout = info.settings or RolloutSettings()
+    return StudentSettings(rollout=rollout, text_length=info.config.text_length)
+
+
+class SFPPLoadDemo(io.ComfyNode):
+    """Load the text encoder and the decoder of the built-in demo."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
+        return _host.schema(
+            node_id="SFPPLoadDemo",
+            display_name="Load Demo Text and Decoder (Self-Forcing++)",
+            category="loaders/self-forcing++",
+            description="The demo's own CLIP and VAE, for the built-in student only: a shape that moves over "
+            "64x64 pixels. It shows the mechanism on any machine; for real video load Wan's encoder and VAE.",
+            inputs=[],
+            outputs=[
+                io.Clip.Output(
+                    display_name="CLIP",
+                    tooltip="For CLIP Text Encode. Knows some fifty words: a red circle moves right slowly.",
+                ),
+                io.Vae.Output(display_name="VAE", tooltip="For Decode to Video and VAE Decode."),
+            ],
+        )
+
+    @classmethod
+    @plain_errors
+    def execute(cls) -> io.NodeOutput:
+        """Load both from the pack's own folder."""
+        words, groups = load_words(demo.file(demo.WORDS))
+        autoencoder = TinyAutoencoder.load(demo.file(demo.AUTOENCODER))
+        return io.NodeOutput(demo_clip(words, groups), DemoVAE(autoencoder))

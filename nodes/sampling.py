@@ -1,0 +1,183 @@
+"""The long sampler and its cache settings, as ComfyUI nodes."""
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..sfpp_core.conditioning import fit_text
+from ..sfpp_core.config import RolloutSettings
+from ..sfpp_core.geometry import VideoGeometry, frames_in
+from . import _host
+from ._host import io
+from .conditioning import embeddings_of
+from .generation import Generation, architecture
+from .lazy_latent import LazyLatent
+from .plain_errors import plain_errors
+from .student_settings import settings_of
+
+Cache = io.Custom("SFPP_CACHE")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheChoice:
+    """What the user chose to remember, in latent frames."""
+
+    window: int
+    sink: int
+    sink_positions: str
+
+    def __str__(self) -> str:
+        return f"window {self.window}, sink {self.sink} ({self.sink_positions})"
+
+    def over(self, settings: RolloutSettings) -> RolloutSettings:
+        """Return ``settings`` with these in their place.
+
+        Raises:
+            SettingsError: They do not fit the student's chunk.
+        """
+        return replace(settings, window=self.window, sink=self.sink, sink_positions=self.sink_positions)
+
+
+class SFPPCacheSettings(io.ComfyNode):
+    """Choose how much of the past the Long Sampler attends to."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
+        return _host.schema(
+            node_id="SFPPCacheSettings",
+            display_name="Cache Settings (Self-Forcing++)",
+            category="sampling/self-forcing++",
+            description="How much of the past a new chunk sees. Without this node the student's own settings "
+            "are used.",
+            inputs=[
+                io.Int.Input(
+                    "window",
+                    default=21,
+                    min=1,
+                    max=600,
+                    tooltip="Latent frames a new chunk sees, itself and the sink included; a multiple of the "
+                    "chunk, 3. 21 are 5 seconds, as students are trained on. Memory and time grow with it.",
+                ),
+                io.Int.Input(
+                    "sink",
+                    default=0,
+                    min=0,
+                    max=597,
+                    tooltip="First latent frames of the video that are never forgotten; a multiple of the "
+                    "chunk, 3. Counted in the window. Keeps the look of the start; may pull motion back.",
+                ),
+                io.Combo.Input(
+                    "sink_positions",
+                    options=["absolute", "relative"],
+                    default="absolute",
+                    tooltip="Where attention places the sink: at its true time, or right before the rest of "
+                    "the window.",
+                ),
+            ],
+            outputs=[Cache.Output(display_name="CACHE")],
+        )
+
+    @classmethod
+    @plain_errors
+    def execute(cls, window: int, sink: int, sink_positions: str) -> io.NodeOutput:
+        """Hand the choice on; the sampler checks it against the student's chunk."""
+        return io.NodeOutput(CacheChoice(window, sink, sink_positions))
+
+
+class SFPPLongSampler(io.ComfyNode):
+    """Generate a video of any length, chunk by chunk."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
+        return _host.schema(
+            node_id="SFPPLongSampler",
+            display_name="Long Sampler (Self-Forcing++)",
+            category="sampling/self-forcing++",
+            description="Rolls a causal student out chunk by chunk; memory does not grow with length. Checks "
+            "its settings at once and returns at once: chunks are made when the next node asks for them.",
+            search_aliases=[
+                "self forcing",
+                "long video",
+                "causal wan",
+                "autoregressive video",
+                "minute video",
+            ],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="A Wan 2.1 text-to-video model distilled with Self-Forcing, LoRAs included.",
+                ),
+                io.Conditioning.Input("conditioning", tooltip="One prompt, straight from CLIP Text Encode."),
+                io.Int.Input(
+                    "width", default=832, min=16, max=4096, step=16, tooltip="Pixels, a multiple of 16."
+                ),
+                io.Int.Input(
+                    "height", default=480, min=16, max=4096, step=16, tooltip="Pixels, a multiple of 16."
+                ),
+                io.Float.Input(
+                    "seconds",
+                    default=60.0,
+                    min=0.1,
+                    max=86_400.0,
+                    step=1.0,
+                    round=0.01,
+                    tooltip="Length at 16 frames per second.",
+                ),
+                io.Int.Input(
+                    "video_seed",
+                    display_name="seed",
+                    default=0,
+                    min=0,
+                    max=2**53 - 1,
+                    control_after_generate=False,
+                    tooltip="The same seed gives the same video, and a longer one begins with the shorter. "
+                    "It stays as it is after a run, so that a cancelled video can be continued.",
+                ),
+                Cache.Input(
+                    "cache",
+                    optional=True,
+                    tooltip="From Cache Settings. Left open: the student's own, usually window 21, sink 0.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(
+                    display_name="LATENT", tooltip="Made chunk by chunk as it is read. Works with any node."
+                )
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    @plain_errors
+    def execute(
+        cls,
+        model: Any,
+        conditioning: Any,
+        width: int,
+        height: int,
+        seconds: float,
+        video_seed: int,
+        cache: CacheChoice | None = None,
+    ) -> io.NodeOutput:
+        """Check everything and return a latent that is generated as it is read."""
+        if ignored := _host.additions_without_effect(model):
+            logger.warning("Without effect in the Long Sampler: %s on the MODEL.", ", ".join(ignored))
+        student = settings_of(model)
+        settings = student.rollout if cache is None else cache.over(student.rollout)
+        geometry = VideoGeometry(width=width, height=height, frames=frames_in(seconds), chunk=settings.chunk)
+        config = architecture(model, text_length=student.text_length)
+        embeddings = fit_text(embeddings_of(conditioning), config)
+        video = Generation(
+            model,
+            config,
+            embeddings=embeddings,
+            geometry=geometry,
+            settings=settings,
+            seed=video_seed,
+            maker=cls.hidden.unique_id,
+        )
+        return io.NodeOutput(LazyLatent(video))
