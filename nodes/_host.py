@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -298,9 +298,10 @@ def seal(path: Path, metadata: dict[str, Any]) -> None:
     try:
         video(path).save_to(str(sealed), metadata=metadata)
         sealed.replace(path)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # any: a Cancel of the user may be on its way up, and must arrive
         logger.warning("%s plays, but its workflow could not be stored in it: %s", path, error)
-        sealed.unlink(missing_ok=True)
+        with suppress(OSError):
+            sealed.unlink(missing_ok=True)
 
 
 def metadata_of(node: type[io.ComfyNode]) -> dict[str, Any]:

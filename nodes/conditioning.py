@@ -26,7 +26,7 @@ def embeddings_of(conditioning: list[tuple[Tensor, dict[str, Any]]]) -> Tensor:
     """Return the text embeddings ``(B, tokens, text_dim)`` of a conditioning that holds one plain prompt.
 
     Raises:
-        ConditioningError: It holds several prompts, or something that would be ignored.
+        ConditioningError: It holds several prompts, a batch, or something that would be ignored.
     """
     if len(conditioning) != 1:
         raise ConditioningError(
@@ -40,4 +40,9 @@ def embeddings_of(conditioning: list[tuple[Tensor, dict[str, Any]]]) -> Tensor:
                 f"conditioning carries {name} ({key}), which the Long Sampler cannot follow; "
                 "connect a CLIP Text Encode node directly."
             )
+    if len(embeddings) != 1:
+        raise ConditioningError(
+            f"conditioning holds a batch of {len(embeddings)}; the Long Sampler makes one video. "
+            "Connect a CLIP Text Encode node directly."
+        )
     return embeddings

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..sfpp_core.geometry import FPS
+from ..sfpp_core.outputs import SHOWN_SIDE, automatic_enlargement, check_enlargement
 from ..sfpp_core.video import check_output, forecast_bytes, open_writer
 from . import _host
 from ._host import io
@@ -19,11 +20,8 @@ from .lazy_latent import ChunkSource, source_of
 from .pace import Pace
 from .plain_errors import plain_errors
 
-COMFORTABLE_SIDE = 512
-"""Pixels up to which small pictures are enlarged by themselves."""
-
-LARGEST_FACTOR = 16
-"""Most a picture is enlarged."""
+LARGEST_FACTOR = automatic_enlargement(16, 16)
+"""Most a picture is enlarged: as much as the smallest is by itself."""
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +60,7 @@ class SFPPDecodeToVideo(io.ComfyNode):
                     min=0,
                     max=LARGEST_FACTOR,
                     tooltip="Each pixel of the video becomes a square of this many pixels, with sharp edges. "
-                    f"0: automatic, up to {COMFORTABLE_SIDE} pixels; 1 for pictures that large already.",
+                    f"0: automatic, up to {SHOWN_SIDE} pixels; 1 for pictures that large already.",
                 ),
                 io.Float.Input(
                     "image_seconds",
@@ -93,7 +91,8 @@ class SFPPDecodeToVideo(io.ComfyNode):
         """Write the video, and return it with its frames if they are few."""
         source, stream = source_of(samples), stream_of(vae)
         width, height = source.size
-        enlarge = enlarge or automatic(width, height)
+        enlarge = enlarge or automatic_enlargement(width, height)
+        check_enlargement(enlarge, width=width, height=height)
         path, subfolder = _host.output_file(filename_prefix, width * enlarge, height * enlarge, ".mp4")
         images = [] if source.frames <= 1 + image_seconds * FPS else None
         try:
@@ -105,11 +104,6 @@ class SFPPDecodeToVideo(io.ComfyNode):
             _host.blocked(too_long(source.frames, image_seconds)) if images is None else as_images(images)
         )
         return io.NodeOutput(_host.video(path), pictures, ui=_host.player(path, subfolder))
-
-
-def automatic(width: int, height: int) -> int:
-    """Return how many times small frames are enlarged. 64x64 is 8, 832x480 is 1."""
-    return max(1, min(LARGEST_FACTOR, COMFORTABLE_SIDE // max(width, height)))
 
 
 def too_long(frames: int, limit: float) -> str:
@@ -142,11 +136,11 @@ def write_video(
     width, height = source.size
     size = forecast_bytes(path, frames=source.frames, width=width, height=height, enlarge=enlarge)
     check_output(path, expected_bytes=size)
-    pace = Pace(source.chunk_count)
+    pace = Pace(source.total_chunks)
     _host.say("starting")
     writer = open_writer(path, width=width, height=height, fps=FPS, enlarge=enlarge)
     try:
-        with _host.Progress(source.chunk_count, source.maker) as progress, writer:
+        with _host.Progress(source.total_chunks, source.maker) as progress, writer:
             for frames in video:
                 writer.write(frames)
                 if images is not None:
@@ -154,7 +148,7 @@ def write_video(
                 text = pace.tick(len(frames))
                 progress.show(pace.done, text, partial(magnified, frames[-1], enlarge))
     finally:
-        if pace.done < source.chunk_count and writer.frames_written:
+        if pace.done < source.total_chunks and writer.frames_written:
             kept = f"{writer.frames_written / FPS:.1f} s of {source.frames / FPS:.1f} s"
             logger.warning(
                 "Stopped early: %s are in %s. Queue again to go on after the last chunk.", kept, path

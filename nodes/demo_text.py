@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..sfpp_core.words import WordEncoder
+from ..sfpp_core.words import WordEncoder, check_prompt
 from . import _host
 from .plain_errors import plain_errors
 
@@ -27,11 +27,11 @@ def demo_clip(words: WordEncoder, groups: Mapping[str, tuple[str, ...]]) -> Any:
 
 
 class Tokenizer:
-    """Passes the prompt on, and warns of words the demo does not know."""
+    """Passes the prompt on, and warns of words that are lost on the demo."""
 
     def __init__(self, words: WordEncoder, groups: Mapping[str, tuple[str, ...]], **options: Any) -> None:  # noqa: ARG002 - the host's signature
         self._words = words
-        self._known = "; ".join(f"{name}: {', '.join(group)}" for name, group in groups.items())
+        self._groups = groups
 
     @plain_errors
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **options: Any) -> Tokens:  # noqa: ARG002
@@ -40,12 +40,11 @@ class Tokenizer:
         Raises:
             ValueError: The demo knows no word of it. An empty prompt is allowed: it asks for nothing.
         """
-        if text.strip():
-            self._words.check(text)
-        if unknown := self._words.unknown(text):
-            warning = f"words the demo does not know: {', '.join(unknown)}. It knows {self._known}."
+        warnings = check_prompt(text, self._words, self._groups) if text.strip() else []
+        for warning in warnings:
             logger.warning("%s", warning)
-            _host.say(warning)
+        if warnings:
+            _host.say("\n".join(warnings))
         return {KEY: [[(text, 1.0)]]}
 
     def state_dict(self) -> dict[str, Tensor]:

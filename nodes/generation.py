@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sfpp_core.attention import choose
+from ..sfpp_core.attention import Attend, choose
 from ..sfpp_core.config import RolloutSettings, StudentConfig
 from ..sfpp_core.errors import CheckpointError
 from ..sfpp_core.geometry import VideoGeometry
@@ -57,6 +57,20 @@ def architecture(model: Any, *, text_length: int) -> StudentConfig:
     )
 
 
+def cancellable(attend: Attend) -> Attend:
+    """Return ``attend``, which raises the host's interrupt first if the user pressed Cancel.
+
+    Every pass of a student attends in every layer, so a run ends in the middle of a denoising step, of a
+    clean pass, or of the passes over the chunks of an earlier run.
+    """
+
+    def checked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        _host.stop_if_cancelled()
+        return attend(q, k, v)
+
+    return checked
+
+
 class Generation:
     """One video: the chunks that are finished, and all it takes to make the rest.
 
@@ -89,7 +103,7 @@ class Generation:
         return self.geometry.frames
 
     @property
-    def chunk_count(self) -> int:
+    def total_chunks(self) -> int:
         """Chunks of the whole video."""
         return self.geometry.chunks
 
@@ -99,7 +113,7 @@ class Generation:
         return self.geometry.width, self.geometry.height
 
     def __str__(self) -> str:
-        done = f"{len(self._finished)} of {self.chunk_count} chunks"
+        done = f"{len(self._finished)} of {self.total_chunks} chunks"
         return f"{self.geometry.width}x{self.geometry.height}, {self.frames} frames, {done}"
 
     def chunks(self, *, beside: Sequence[Any] = ()) -> Generator[Tensor]:
@@ -115,15 +129,15 @@ class Generation:
         with closing(self._make(beside)) as fresh:
             for clean in fresh:
                 self._finished.append(clean)
-                if len(self._finished) == self.chunk_count:
+                if len(self._finished) == self.total_chunks:
                     self._recipe = None
                 yield _host.to_host_latent(clean)
 
     @plain_errors
     def samples(self) -> Tensor:
         """Return the whole latent ``(1, C, T, h, w)``, generating what is missing with a progress bar."""
-        parts, pace = [], Pace(self.chunk_count)
-        with _host.Progress(self.chunk_count, self.maker) as progress, closing(self.chunks()) as chunks:
+        parts, pace = [], Pace(self.total_chunks)
+        with _host.Progress(self.total_chunks, self.maker) as progress, closing(self.chunks()) as chunks:
             for index, chunk in enumerate(chunks):
                 parts.append(chunk)
                 progress.show(index + 1, pace.tick(self.geometry.frames_kept(index)))
@@ -148,9 +162,9 @@ class Generation:
                 device=model.load_device,
             )
             if self._finished:
-                _host.say(f"going on after chunk {len(self._finished)} of {self.chunk_count}")
+                _host.say(f"going on after chunk {len(self._finished)} of {self.total_chunks}")
             made = sampler.chunks(embeddings, past=list(self._finished))
-            for _ in range(len(self._finished), self.chunk_count):
+            for _ in range(len(self._finished), self.total_chunks):
                 # Whoever used the last chunk may have pushed the model out; if not, this costs nothing.
                 _host.load(models, activations)
                 yield next(made).cpu()
@@ -164,7 +178,7 @@ class Generation:
         return CausalStudent(
             model.model.diffusion_model,
             config,
-            attend=attend,
+            attend=cancellable(attend),
             dtype=dtype,
             patch_dtype=torch.float32,  # the host keeps this layer, a Conv3d, in float32
             read=_host.parameter_reader(model),

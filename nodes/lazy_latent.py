@@ -29,7 +29,7 @@ class ChunkSource(Protocol):
         ...
 
     @property
-    def chunk_count(self) -> int:
+    def total_chunks(self) -> int:
         """Chunks of the whole video."""
         ...
 
@@ -71,7 +71,7 @@ class Finished:
         self.maker: str | None = None
         self._samples = samples
         self.frames = 1 + TEMPORAL_STRIDE * (samples.shape[2] - 1)
-        self.chunk_count = -(-samples.shape[2] // self.LATENT_FRAMES)
+        self.total_chunks = -(-samples.shape[2] // self.LATENT_FRAMES)
         self.size = (samples.shape[4] * SPATIAL_STRIDE, samples.shape[3] * SPATIAL_STRIDE)
 
     def chunks(self, *, beside: Sequence[Any] = ()) -> Generator[Tensor]:  # noqa: ARG002 - nothing is loaded here

@@ -6,9 +6,9 @@ from pathlib import Path
 from ..sfpp_core import demo
 from ..sfpp_core.checkpoint import load_words
 from ..sfpp_core.config import RolloutSettings
+from ..sfpp_core.decoder import load_decoder
 from ..sfpp_core.errors import CheckpointError
 from ..sfpp_core.inspection import inspect
-from ..sfpp_core.tiny_autoencoder import TinyAutoencoder
 from . import _host
 from ._host import io
 from .demo_decoder import DemoVAE
@@ -102,5 +102,5 @@ class SFPPLoadDemo(io.ComfyNode):
     def execute(cls) -> io.NodeOutput:
         """Load both from the pack's own folder."""
         words, groups = load_words(demo.file(demo.WORDS))
-        autoencoder = TinyAutoencoder.load(demo.file(demo.AUTOENCODER))
-        return io.NodeOutput(demo_clip(words, groups), DemoVAE(autoencoder))
+        decoder = load_decoder(demo.file(demo.AUTOENCODER))
+        return io.NodeOutput(demo_clip(words, groups), DemoVAE(decoder))

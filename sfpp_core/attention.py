@@ -60,11 +60,14 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
-_OPTIONAL: dict[str, tuple[str, Attend]] = {
-    "flash": ("flash_attn", _flash),
-    "sage": ("sageattention", _sage),
-    "xformers": ("xformers", _xformers),
+_HALVES = (torch.bfloat16, torch.float16)
+
+_OPTIONAL: dict[str, tuple[str, Attend, tuple[torch.dtype, ...]]] = {
+    "flash": ("flash_attn", _flash, _HALVES),
+    "sage": ("sageattention", _sage, _HALVES),
+    "xformers": ("xformers", _xformers, (*_HALVES, torch.float32)),
 }
+"""Package, function and dtypes of the back ends that have to be installed; all need a CUDA GPU."""
 
 NAMES = ("auto", "probe", "sdpa", "matmul", *_OPTIONAL)
 """Values accepted by ``choose``."""
@@ -82,7 +85,8 @@ def choose(name: str, *, shape: tuple[int, int, int, int], visible: int, like: T
         like: Tensor on the device and in the dtype of the student.
 
     Raises:
-        SettingsError: The name is unknown, or its package is not installed.
+        SettingsError: The name is unknown, its package is not installed, or it cannot compute on this device
+            or in this dtype.
     """
     fits = like.device.type == "cpu" and shape[0] * shape[1] * shape[2] * visible <= _MATMUL_SCORES
     if name == "auto":
@@ -93,7 +97,12 @@ def choose(name: str, *, shape: tuple[int, int, int, int], visible: int, like: T
         return sdpa if name == "sdpa" else matmul
     if name not in _OPTIONAL:
         raise SettingsError(f"attention is {name!r}; use one of {', '.join(NAMES)}.")
-    package, attend = _OPTIONAL[name]
+    package, attend, dtypes = _OPTIONAL[name]
+    if like.device.type != "cuda" or like.dtype not in dtypes:
+        names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+        raise SettingsError(
+            f"attention {name!r} needs a CUDA GPU and {', '.join(names[:-1])} or {names[-1]}; use 'auto'."
+        )
     if importlib.util.find_spec(package) is None:
         raise SettingsError(f"attention {name!r} needs the package {package}; install it, or use 'auto'.")
     return attend

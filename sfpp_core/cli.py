@@ -63,7 +63,7 @@ def main(words: Sequence[str] | None = None) -> int:
         except (MemoryError, RuntimeError) as error:
             if arguments.debug or not lacks_memory(error):
                 raise
-            _say("error: the memory ran out; use a smaller window, width or height, or close other programs.")
+            _say(_with_notes("the memory ran out; use a smaller window, width or height.", error))
             return FAILED
         except KeyboardInterrupt:
             _say("stopped before anything was made.")
@@ -199,8 +199,13 @@ def _refuse(error: SFPPError, code: int, *, debug: bool) -> int:
     """Show an error without its traceback and return ``code``."""
     if debug:
         raise error
-    _say(" ".join((f"error: {error}", *getattr(error, "__notes__", ()))))
+    _say(_with_notes(str(error), error))
     return code
+
+
+def _with_notes(text: str, error: Exception) -> str:
+    """Return how an error is shown: ``text``, and the notes that were put on it on its way."""
+    return " ".join((f"error: {text}", *getattr(error, "__notes__", ())))
 
 
 def _ended_by(caught: Sequence[int]) -> int:

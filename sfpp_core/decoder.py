@@ -53,7 +53,7 @@ def check_decoder(path: Path) -> None:
     _check_config(path, header)
 
 
-def load_decoder(path: Path, *, device: torch.device | str = "cpu") -> StreamingDecoder:
+def load_decoder(path: Path, *, device: torch.device | str = "cpu") -> TinyAutoencoder:
     """Load the decoder a file holds.
 
     Args:
@@ -61,8 +61,8 @@ def load_decoder(path: Path, *, device: torch.device | str = "cpu") -> Streaming
         device: Where it computes, in float32.
 
     Raises:
-        CheckpointError: As ``check_decoder``, and if the weights are not finite.
-        AutoencoderFileError: The weights do not fit the file's own configuration.
+        CheckpointError: As ``check_decoder``; and the weights do not fit the file's own configuration, or are
+            not finite.
     """
     check_decoder(path)
     autoencoder = TinyAutoencoder.load(path)

@@ -42,18 +42,6 @@ class Forecast:
         """All of it together."""
         return self.weights + self.cache + self.text + self.activations + self.decoder
 
-    def lines(self) -> list[str]:
-        """Return one line per part, for people."""
-        parts = (
-            ("weights", self.weights),
-            ("cache", self.cache),
-            ("text keys", self.text),
-            ("activations, about", self.activations),
-            ("decoder, about", self.decoder),
-            ("total", self.total),
-        )
-        return [f"{name:<20}{in_words(size):>9}" for name, size in parts]
-
     def __str__(self) -> str:
         rest = self.total - self.weights - self.cache
         return (

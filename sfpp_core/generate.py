@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .arithmetic import fast_products
 from .checkpoint import load_student
 from .decoder import StreamingDecoder, load_decoder
-from .errors import SFPPError
 from .plan import Plan
 from .sampler import LongSampler
 from .student import CausalStudent
@@ -100,7 +100,7 @@ def run(planned: Plan, loaded: Loaded, *, report: Callable[[Progress], None]) ->
         planned.request.out, width=geometry.width, height=geometry.height, enlarge=planned.enlarge
     )
     try:
-        with writer:
+        with writer, fast_products(planned.device):
             loaded.decoder.reset()
             for chunk, clean in enumerate(loaded.sampler.chunks(loaded.embeddings)):
                 frames = loaded.decoder.decode(clean)[0, : geometry.frames_kept(chunk)]
@@ -110,7 +110,7 @@ def run(planned: Plan, loaded: Loaded, *, report: Callable[[Progress], None]) ->
         complete = True
     except KeyboardInterrupt:
         logger.debug("interrupted")
-    except SFPPError as error:
+    except Exception as error:
         if writer.frames_written:
             error.add_note(f"The first {writer.frames_written} frames are in {planned.request.out}.")
         raise

@@ -16,7 +16,7 @@ from torch import Tensor
 from .config import RolloutSettings, SinkPositions, StudentConfig
 from .errors import RolloutOrderError, SettingsError
 from .geometry import VideoGeometry
-from .rope import move_in_time
+from .rope import move_in_time, rotate, rotation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +143,9 @@ class _Lifecycle:
         if self._opened is not None:
             raise RolloutOrderError(f"chunk {self.next} is still open; close it before opening {chunk}.")
         if chunk != self.next:
-            raise RolloutOrderError(f"chunk {chunk} opened, but {self.next} comes next; reset() to restart.")
+            raise RolloutOrderError(
+                f"chunk {chunk} opened, but {self.next} comes next; another video starts with an empty cache."
+            )
 
 
 class _OpenSlot:
@@ -205,7 +207,10 @@ class RollingKVCache(_Lifecycle):
             visible=min(chunk + 1, self.shape.window) * self.shape.tokens_per_chunk,
         )
         if self._true_sink is not None and (shift := self.shape.sink_shift(chunk)):
-            self._k[..., : self._sink_tokens, :] = move_in_time(self._true_sink, shift)
+            turns = rotation(self.shape.head_dim, shift, (1, 1, 1), like=self._true_sink)
+            # Layer by layer: turning all keys at once, in float32, would be a peak of memory.
+            for shown, kept in zip(self._k, self._true_sink, strict=True):
+                shown[:, :, : self._sink_tokens] = rotate(kept, turns)
 
     def close(self) -> None:
         """Remember the open chunk as last written."""

@@ -22,4 +22,5 @@ class ChunkNoise:
         # The CPU generator reads only the low 32 bits of its seed, so the key is hashed into them.
         key = blake2b(f"{self.seed}/{chunk}/{step}".encode(), digest_size=4)
         generator = torch.Generator().manual_seed(int.from_bytes(key.digest(), "little"))
-        return torch.randn(shape, generator=generator).to(like, non_blocking=True)
+        # From pinned memory a copy to the GPU makes nobody wait.
+        return torch.randn(shape, generator=generator, pin_memory=like.is_cuda).to(like, non_blocking=True)

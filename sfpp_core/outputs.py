@@ -1,4 +1,4 @@
-"""Where a video may go: kinds of output path, and the checks made before anything is generated."""
+"""Where a video may go and how large it is shown there: the checks made before anything is generated."""
 
 import os
 import re
@@ -6,9 +6,15 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from .errors import OutputError
+from .errors import GeometryError, OutputError, SettingsError
 
 OutputPath = str | os.PathLike[str]
+
+SHOWN_SIDE = 512
+"""Pixels of the longer side up to which small videos are enlarged, if the user does not say."""
+
+LARGEST_SIDE = 8192
+"""Pixels of the longer side up to which a video can be made: players take no more."""
 
 _PICTURE_NAME = "frame_%06d.png"
 _PROBE_BYTES = 4096  # an empty file often still fits on a full disk
@@ -61,6 +67,31 @@ def check_output(path: OutputPath, *, expected_bytes: int = 0) -> None:
         folder = folder if folder.exists() else folder.parent
     _check_folder(folder)
     _check_room(folder, expected_bytes)
+
+
+def automatic_enlargement(width: int, height: int) -> int:
+    """Return the side of the square each pixel becomes if the user does not say. 64x64 is 8, 832x480 is 1."""
+    return max(1, SHOWN_SIDE // max(width, height))
+
+
+def check_enlargement(enlarge: int, *, width: int, height: int) -> None:
+    """Refuse a video whose longer side players would not take.
+
+    Args:
+        enlarge: Side, in pixels, of the square each pixel becomes.
+        width: Pixels before enlarging.
+        height: Pixels before enlarging.
+
+    Raises:
+        GeometryError: A side is too long even without enlarging.
+        SettingsError: ``enlarge`` is below 1, or too large for this size.
+    """
+    for name, size in (("width", width), ("height", height)):
+        if size > LARGEST_SIDE:
+            raise GeometryError(f"{name} is {size}; players take at most {LARGEST_SIDE} pixels, use fewer.")
+    largest = LARGEST_SIDE // max(width, height)
+    if not 1 <= enlarge <= largest:
+        raise SettingsError(f"enlarge is {enlarge}; at {width}x{height} use 1 to {largest}.")
 
 
 def forecast_bytes(path: OutputPath, *, frames: int, width: int, height: int, enlarge: int = 1) -> int:

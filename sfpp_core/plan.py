@@ -18,14 +18,8 @@ from .forecast import Forecast, forecast
 from .geometry import VideoGeometry, frames_in
 from .inspection import FileInfo
 from .machine import in_words, memory_of
-from .outputs import check_output, forecast_bytes
-from .words import WordEncoder
-
-SHOWN_HEIGHT = 512
-"""Pixels up to which small videos are enlarged, if the user does not say."""
-
-LARGEST_SIDE = 8192
-"""Pixels of the longest side to which a video is enlarged: players take no more."""
+from .outputs import automatic_enlargement, check_enlargement, check_output, forecast_bytes
+from .words import WordEncoder, check_prompt
 
 SMALL_WORK = 2**17
 """Numbers in the residual stream of a chunk below which a second CPU thread costs more than it helps: threads
@@ -146,7 +140,10 @@ def plan(request: Request) -> Plan:
     words = _words(request, student)
     decoder = request.decoder or demo.file(demo.AUTOENCODER)
     check_decoder(decoder)
-    enlarge = _enlargement(request.enlarge, geometry)
+    enlarge = request.enlarge
+    if enlarge is None:
+        enlarge = automatic_enlargement(geometry.width, geometry.height)
+    check_enlargement(enlarge, width=geometry.width, height=geometry.height)
     _check_output(request.out, geometry, enlarge)
     device = _device(request.device)
     dtype = _dtype(request.dtype, device)
@@ -193,36 +190,9 @@ def _words(request: Request, student: FileInfo) -> WordEncoder:
             f"{wanted.text_dim}; Wan's is umT5), which is not supported here. Use the embedded demo, or a "
             "student of the demo's world."
         )
-    check_prompt(request.prompt, words, groups)
+    for warning in check_prompt(request.prompt, words, groups):
+        logger.warning("%s", warning)
     return words
-
-
-def check_prompt(prompt: str, words: WordEncoder, groups: Mapping[str, tuple[str, ...]]) -> None:
-    """Refuse a prompt that says nothing to the demo; warn of what is lost of one that does.
-
-    Raises:
-        ConditioningError: The prompt is empty, or no word of it is known.
-    """
-    known = "".join(f"\n  {heading}: {', '.join(group)}" for heading, group in groups.items())
-    if not prompt.strip():
-        raise ConditioningError(f"the prompt is empty; say what moves and where. The demo knows{known}")
-    unknown = ", ".join(words.unknown(prompt))
-    if not words.indices(prompt):
-        raise ConditioningError(f"the demo knows no word of the prompt {prompt!r}. It knows{known}")
-    if unknown:
-        logger.warning("the demo does not know: %s. It goes without. It knows%s", unknown, known)
-
-
-def _enlargement(enlarge: int | None, geometry: VideoGeometry) -> int:
-    """Return the side of the square each pixel becomes."""
-    if enlarge is None:
-        return max(1, SHOWN_HEIGHT // geometry.height)
-    largest = LARGEST_SIDE // max(geometry.height, geometry.width)
-    if not 1 <= enlarge <= max(1, largest):
-        raise SettingsError(
-            f"enlarge is {enlarge}; at {geometry.width}x{geometry.height} use 1 to {largest}."
-        )
-    return enlarge
 
 
 def _check_output(out: str, geometry: VideoGeometry, enlarge: int) -> None:

@@ -20,6 +20,11 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
+def exact_device(device: torch.device) -> torch.device:
+    """Return where angles for ``device`` are computed: there, or on the CPU where it has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def _angles(positions: Tensor, dim: int) -> Tensor:
     """Return angles ``(len(positions), dim / 2)`` in float64, position times frequency."""
     frequencies = THETA ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim)
@@ -38,9 +43,9 @@ def rotation(head_dim: int, first: int, grid: tuple[int, int, int], *, like: Ten
     Returns:
         ``(L, D / 2)``, complex64, tokens in the order time, height, width.
     """
-    starts = (first, 0, 0)
+    starts, device = (first, 0, 0), exact_device(like.device)
     axes = [
-        _angles(torch.arange(start, start + size, device=like.device), dim)
+        _angles(torch.arange(start, start + size, device=device), dim)
         for start, size, dim in zip(starts, grid, axis_dims(head_dim), strict=True)
     ]
     t, h, w = (
@@ -48,7 +53,7 @@ def rotation(head_dim: int, first: int, grid: tuple[int, int, int], *, like: Ten
         for axis, angles in enumerate(axes)
     )
     angles = torch.cat((t, h, w), dim=-1).flatten(0, 2)
-    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(like.device)
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:

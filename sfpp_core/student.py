@@ -7,7 +7,6 @@ Legend: B batch, C channels, T latent frames, H and W latent height and width, S
 L tokens = T * S, N heads, D head dim.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from .conditioning import fit_text
 from .config import StudentConfig
 from .geometry import PATCH
 from .kv_cache import KVCache, OpenChunk
-from .rope import rotate, rotation
+from .rope import exact_device, rotate, rotation
 
 ReadParameter = Callable[[Tensor], Tensor]
 """Reads a bare parameter of the network (the modulations), wherever the host keeps it."""
@@ -50,7 +49,7 @@ class Modulation:
     """Shift and scale of the head."""
 
 
-class Everything:
+class WholeClip:
     """Open chunk with no past: attention sees the whole clip, or what ``mask`` lets each token see."""
 
     def __init__(self, mask: Tensor | None = None) -> None:
@@ -146,8 +145,8 @@ class CausalStudent:
     def modulation(self, sigma: Tensor) -> Modulation:
         """Return the table of ``sigma`` ``(B, T)``; B and T may be 1."""
         device = self.read(self.network.head.modulation).device
-        embedding = sigma_embedding(sigma.to(device), self.config.freq_dim).to(self.dtype)
-        time = self.network.time_embedding(embedding)
+        embedding = sigma_embedding(sigma.to(exact_device(device)), self.config.freq_dim).to(self.dtype)
+        time = self.network.time_embedding(embedding.to(device))
         shared = self.network.time_projection(time).unflatten(-1, (6, -1))
         layers = []
         for layer in self.network.blocks:
@@ -163,6 +162,24 @@ class CausalStudent:
         return self.read(parameter).to(self.dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class _LayerPass:
+    """One layer in one pass: all that its input does not bring along."""
+
+    index: int
+
+    layer: Any
+    """The layer's modules, under Wan's names."""
+
+    table: tuple[Tensor, ...]
+    """Modulation of the layer, see ``Modulation.layers``."""
+
+    opened: OpenChunk
+
+    turns: Tensor
+    """Rotations of the open chunk, ``(L, D / 2)``."""
+
+
 class BoundStudent:
     """A student bound to its conditioning: the velocity model of one rollout."""
 
@@ -174,8 +191,8 @@ class BoundStudent:
 
     def __call__(self, noisy: Tensor, sigma: float, cache: KVCache) -> Tensor:
         """Return the velocity at ``noisy`` ``(B, C, T, H, W)``, float32; writes the keys to ``cache``."""
-        x = self._layers(noisy, self._table(sigma), cache.opened)
-        return self._head(x, self._table(sigma), noisy)
+        table = self._table(sigma)
+        return self._head(self._layers(noisy, table, cache.opened), table, noisy)
 
     @torch.no_grad()
     def remember(self, clean: Tensor, cache: KVCache, *, sigma: float = 0.0) -> None:
@@ -197,7 +214,7 @@ class BoundStudent:
             Velocity, float32, shape of ``noisy``.
         """
         table = self.student.modulation(sigma)
-        return self._head(self._layers(noisy, table, Everything(mask)), table, noisy)
+        return self._head(self._layers(noisy, table, WholeClip(mask)), table, noisy)
 
     def _table(self, sigma: float) -> Modulation:
         """Return the modulation of one sigma, from memory where no gradient is at stake."""
@@ -224,54 +241,40 @@ class BoundStudent:
         x = x.flatten(3).permute(0, 2, 3, 1)
         last = student.config.layers - 1
         for index, layer in enumerate(student.network.blocks):
-            parts = (index, layer, table.layers[index], opened, turns)
+            at = _LayerPass(index, layer, table.layers[index], opened, turns)
             if keys_only and index == last:
-                self._self_attention_keys(x, *parts)
+                self._self_attention_keys(x, at)
             elif student.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(self._layer, x, *parts, use_reentrant=False)
+                x = checkpoint(self._layer, x, at, use_reentrant=False)
             else:
-                x = self._layer(x, *parts)
+                x = self._layer(x, at)
         return x
 
-    def _layer(
-        self,
-        x: Tensor,
-        index: int,
-        layer: Any,
-        table: tuple[Tensor, ...],
-        opened: OpenChunk,
-        turns: Tensor,
-    ) -> Tensor:
+    def _layer(self, x: Tensor, at: _LayerPass) -> Tensor:
         """Return the residual stream after one layer, ``(B, T, S, dim)``."""
-        _, _, gate1, shift2, scale2, gate2 = table
-        k, v, y = self._self_attention_keys(x, index, layer, table, opened, turns)
-        q = rotate(self.student._heads(layer.self_attn.norm_q(layer.self_attn.q(y))), turns)
-        x = torch.addcmul(x, gate1, layer.self_attn.o(self._attend(q, k, v, opened)).view_as(x))
+        layer = at.layer
+        _, _, gate1, shift2, scale2, gate2 = at.table
+        k, v, y = self._self_attention_keys(x, at)
+        q = rotate(self.student._heads(layer.self_attn.norm_q(layer.self_attn.q(y))), at.turns)
+        x = torch.addcmul(x, gate1, layer.self_attn.o(self._attend(q, k, v, at.opened)).view_as(x))
         y = layer.norm3(x).flatten(1, 2)
         q = self.student._heads(layer.cross_attn.norm_q(layer.cross_attn.q(y)))
-        text_k, text_v = self._text[index]
+        text_k, text_v = self._text[at.index]
         # Text is short: SDPA, whichever back end the long self-attention has.
         x = x + layer.cross_attn.o(sdpa(q, text_k, text_v).transpose(1, 2).flatten(2)).view_as(x)
         return torch.addcmul(x, gate2, layer.ffn(torch.addcmul(shift2, layer.norm2(x), scale2)))
 
-    def _self_attention_keys(
-        self,
-        x: Tensor,
-        index: int,
-        layer: Any,
-        table: tuple[Tensor, ...],
-        opened: OpenChunk,
-        turns: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _self_attention_keys(self, x: Tensor, at: _LayerPass) -> tuple[Tensor, Tensor, Tensor]:
         """Write keys and values of one layer; return all in sight and the modulated input ``(B, L, dim)``."""
-        y = torch.addcmul(table[0], layer.norm1(x), table[1]).flatten(1, 2)
-        k = rotate(self.student._heads(layer.self_attn.norm_k(layer.self_attn.k(y))), turns)
-        k, v = opened.write(index, k, self.student._heads(layer.self_attn.v(y)))
+        attention, (shift, scale, *_) = at.layer.self_attn, at.table
+        y = torch.addcmul(shift, at.layer.norm1(x), scale).flatten(1, 2)
+        k = rotate(self.student._heads(attention.norm_k(attention.k(y))), at.turns)
+        k, v = at.opened.write(at.index, k, self.student._heads(attention.v(y)))
         return k, v, y
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, opened: OpenChunk) -> Tensor:
         """Attend over all in sight and join the heads, ``(B, L, dim)``."""
-        if isinstance(opened, Everything) and opened.mask is not None:
+        if isinstance(opened, WholeClip) and opened.mask is not None:
             mask = opened.mask.to(q.device)
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
@@ -283,7 +286,7 @@ class BoundStudent:
         shift, scale = table.head
         head = self.student.network.head
         patches = head.head(torch.addcmul(shift, head.norm(x), scale))
-        height, width = (math.ceil(size / PATCH) for size in like.shape[3:])
+        height, width = (size // PATCH for size in like.shape[3:])
         patches = patches.unflatten(3, (PATCH, PATCH, -1)).unflatten(2, (height, width))
         # B T h w p q C -> B C T (h p) (w q)
         return patches.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4).float()

@@ -21,6 +21,7 @@ from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle, sil
 
 from .errors import CheckpointError, RolloutOrderError
 from .geometry import TEMPORAL_STRIDE
+from .weights_file import DTYPES, read_header, read_tensors, write
 
 METADATA_KEY = "sfpp_decoder"
 """Name of the configuration in the metadata of a weights file."""
@@ -70,7 +71,6 @@ class Unit(nn.Module):
 
     def __init__(self, channels: int, padding: str, *, taps: int) -> None:
         super().__init__()
-        self.taps = taps
         self.gain = nn.Parameter(torch.tensor(0.5))
         self.first = Conv(taps * channels, channels, padding)
         self.second = Conv(channels, channels, padding)
@@ -210,31 +210,34 @@ class TinyAutoencoder(nn.Module):
         self._state = []
 
     def save(self, path: Path, *, dtype: torch.dtype = torch.float16) -> None:
-        """Write the weights and the configuration as one safetensors file."""
-        from safetensors.torch import save_file
+        """Write the weights and the configuration as one safetensors file; it appears once it is whole.
 
-        tensors = {name: value.to(dtype).contiguous() for name, value in self.state_dict().items()}
-        # Bytes that differ from run to run would make equal weights look different; json keeps the order.
-        save_file(tensors, path, metadata={METADATA_KEY: json.dumps(asdict(self.config), sort_keys=True)})
+        Raises:
+            OutputError: The file cannot be written.
+        """
+        tensors = {name: value.to(dtype) for name, value in self.state_dict().items()}
+        write(path, tensors, {METADATA_KEY: json.dumps(asdict(self.config), sort_keys=True)})
 
     @classmethod
     def load(cls, path: Path) -> "TinyAutoencoder":
         """Read a file written by ``save``; the weights are float32, ready to use.
 
         Raises:
-            CheckpointError: The file is not a demo autoencoder.
+            CheckpointError: The file is missing or damaged, or is not a demo autoencoder.
         """
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-        if METADATA_KEY not in metadata:
+        header = read_header(path)
+        table = header.table(METADATA_KEY, where=str(path))
+        if table is None:
             raise CheckpointError(
                 f"{path.name} has no {METADATA_KEY!r} in its metadata, so it is not a demo autoencoder; "
                 "choose the file sfpp_core/demo/autoencoder.safetensors or one written by training."
             )
-        autoencoder = cls(AutoencoderConfig(**json.loads(metadata[METADATA_KEY])))
+        if foreign := {info.dtype for info in header.tensors.values()} - DTYPES.keys():
+            raise CheckpointError(
+                f"{path.name} holds {min(foreign)} numbers; weights are {', '.join(DTYPES)}. Get it again."
+            )
+        tensors = {name: value.float() for name, value in read_tensors(path, header)}
+        autoencoder = cls(AutoencoderConfig(**table))
         try:
             autoencoder.load_state_dict(tensors)
         except RuntimeError as error:

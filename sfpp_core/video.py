@@ -26,9 +26,9 @@ from .outputs import OutputPath, check_output, forecast_bytes, is_video, split_p
 __all__ = [
     "FRAGMENT_SECONDS",
     "WAITING_FRAMES",
-    "PNGWriter",
+    "Sink",
     "VideoInfo",
-    "VideoWriter",
+    "Writer",
     "check_output",
     "forecast_bytes",
     "open_writer",
@@ -41,133 +41,7 @@ WAITING_FRAMES = 32
 _log = logging.getLogger(__name__)
 
 
-class VideoWriter:
-    """H.264 MP4 that grows while it is written and plays up to its last fragment after a kill.
-
-    The frames wait in a short queue for a thread, which hands them to an encoder process. The file appears
-    with the first frame, in place of an earlier file of its name. One thread at a time may use a writer.
-
-    Use::
-
-        with open_writer("video.mp4", width=64, height=64, enlarge=8) as writer:
-            for clean in rollout(...):
-                writer.write(decoder.decode(clean)[0])  # waits only while the queue is full
-    """
-
-    def __init__(
-        self,
-        path: OutputPath,
-        *,
-        width: int,
-        height: int,
-        fps: float = FPS,
-        enlarge: int = 1,
-        waiting: int = WAITING_FRAMES,
-    ) -> None:
-        """See ``open_writer``."""
-        _check_settings(width=width, height=height, fps=fps, enlarge=enlarge, waiting=waiting)
-        check_output(path)
-        self.path = Path(path)
-        encoder = Encoder(self.path, width=width, height=height, fps=fps, enlarge=enlarge)
-        self._feed = _Feed(encoder, width=width, height=height, waiting=waiting)
-
-    @property
-    def frames_written(self) -> int:
-        """Frames the encoder has taken. After ``close`` without an error, the frames in the file."""
-        return self._feed.taken
-
-    def write(self, frames: Tensor) -> None:
-        """Append ``frames``, ``(F, 3, H, W)`` in [0, 1] on any device; waits while the queue is full.
-
-        Raises:
-            GeometryError: The frames do not have the size the writer was opened with.
-            OutputError: The encoder died, the disk is full, or the writer is closed.
-        """
-        self._feed.write(frames)
-
-    def close(self) -> None:
-        """Encode what waits and finish the file. A second call does nothing.
-
-        Raises:
-            OutputError: The encoder died or the disk is full.
-        """
-        self._feed.close()
-
-    def __enter__(self) -> "VideoWriter":
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._feed.close_after(error)
-
-
-class PNGWriter:
-    """Numbered PNG pictures, counted from 0, with the interface of ``VideoWriter``.
-
-    A picture that has its final name is whole. A folder that already holds such pictures is refused: a
-    shorter sequence over a longer one would mix two videos.
-    """
-
-    def __init__(
-        self, path: OutputPath, *, width: int, height: int, enlarge: int = 1, waiting: int = WAITING_FRAMES
-    ) -> None:
-        """See ``open_writer``."""
-        _check_settings(width=width, height=height, fps=FPS, enlarge=enlarge, waiting=waiting)
-        check_output(path)
-        self.path, name = split_pattern(path)
-        sink = _Pictures(self.path, name, enlarge)
-        self._feed = _Feed(sink, width=width, height=height, waiting=waiting)
-
-    @property
-    def frames_written(self) -> int:
-        """Pictures written."""
-        return self._feed.taken
-
-    def write(self, frames: Tensor) -> None:
-        """Append ``frames``, as ``VideoWriter.write`` does."""
-        self._feed.write(frames)
-
-    def close(self) -> None:
-        """Write the pictures that wait. A second call does nothing."""
-        self._feed.close()
-
-    def __enter__(self) -> "PNGWriter":
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._feed.close_after(error)
-
-
-def open_writer(
-    path: OutputPath,
-    *,
-    width: int,
-    height: int,
-    fps: float = FPS,
-    enlarge: int = 1,
-    waiting: int = WAITING_FRAMES,
-) -> VideoWriter | PNGWriter:
-    """Return the writer that ``path`` asks for.
-
-    Args:
-        path: ``name.mp4`` for a video, which replaces an earlier file of that name; for pictures, a folder
-            (it ends in ``/``, has no ending, or exists) or a pattern such as ``folder/frame_%06d.png``.
-        width: Pixels of the frames that will be written, before enlarging.
-        height: Pixels.
-        fps: Frames per second; pictures carry none.
-        enlarge: Side, in pixels, of the sharp-edged square each pixel becomes.
-        waiting: Frames kept for a slow encoder before ``write`` waits.
-
-    Raises:
-        GeometryError: The size cannot be encoded.
-        SettingsError: ``fps``, ``enlarge`` or ``waiting`` is impossible.
-        OutputError: The path cannot be written, or the encoder is missing.
-    """
-    if is_video(path):
-        return VideoWriter(path, width=width, height=height, fps=fps, enlarge=enlarge, waiting=waiting)
-    return PNGWriter(path, width=width, height=height, enlarge=enlarge, waiting=waiting)
-
-
-class _Sink(Protocol):
+class Sink(Protocol):
     """Where frames end. An error is an OutputError."""
 
     def put(self, picture: np.ndarray) -> None:
@@ -190,13 +64,31 @@ class _Waiting:
     """Waits for the copy from the device; None where the picture is already here."""
 
 
-class _Feed:
-    """Bounded queue of frames, and the thread that empties it into a sink."""
+class Writer:
+    """Frames on their way into a video or numbered pictures; ``open_writer`` makes one.
 
-    def __init__(self, sink: _Sink, *, width: int, height: int, waiting: int) -> None:
-        self.taken = 0
+    They wait in a short queue for a thread, which hands them to the sink. One thread at a time may use a
+    writer.
+
+    Use::
+
+        with open_writer("video.mp4", width=64, height=64, enlarge=8) as writer:
+            for clean in rollout(...):
+                writer.write(decoder.decode(clean)[0])  # waits only while the queue is full
+    """
+
+    def __init__(self, sink: Sink, *, width: int, height: int, waiting: int) -> None:
+        """Start the thread.
+
+        Args:
+            sink: Where the frames end.
+            width: Pixels of the frames that will be written.
+            height: Pixels.
+            waiting: Frames kept for a slow sink before ``write`` waits.
+        """
         self._sink = sink
         self._size = (3, height, width)
+        self._taken = 0
         self._queue: Queue[_Waiting | None] = Queue(maxsize=waiting)
         self._failure: OutputError | None = None
         self._closed = False
@@ -204,7 +96,18 @@ class _Feed:
         self._thread = Thread(target=self._run, name="video-writer", daemon=True)
         self._thread.start()
 
+    @property
+    def frames_written(self) -> int:
+        """Frames the sink has taken. After ``close`` without an error, the frames of the video."""
+        return self._taken
+
     def write(self, frames: Tensor) -> None:
+        """Append ``frames``, ``(F, 3, H, W)`` in [0, 1] on any device; waits while the queue is full.
+
+        Raises:
+            GeometryError: The frames do not have the size the writer was opened with.
+            OutputError: The encoder died, the disk is full, or the writer is closed.
+        """
         if self._closed:
             raise OutputError("write() after close(); open another writer.")
         if frames.ndim != 4 or tuple(frames.shape[1:]) != self._size or not frames.is_floating_point():
@@ -219,6 +122,11 @@ class _Feed:
             self._queue.put(frame)
 
     def close(self) -> None:
+        """Write what waits and finish the output. A second call does nothing.
+
+        Raises:
+            OutputError: The encoder died or the disk is full.
+        """
         if self._closed:
             return
         self._closed = True
@@ -231,8 +139,11 @@ class _Feed:
         if self._failure is not None:
             raise self._failure
 
-    def close_after(self, error: BaseException | None) -> None:
-        """Close; trouble in doing so must not hide ``error``, which is already on its way up."""
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # Trouble in closing must not hide an error that is already on its way up.
         try:
             self.close()
         except OutputError as failure:
@@ -248,14 +159,55 @@ class _Feed:
                 if frame.arrive is not None:
                     frame.arrive()
                 self._sink.put(frame.picture)
-                self.taken += 1
+                self._taken += 1
         except OutputError as error:
             self._failure = error
         except Exception as error:
-            self._failure = OutputError(f"the video writer stopped after {self.taken} frames: {error!r}.")
+            self._failure = OutputError(f"the video writer stopped after {self._taken} frames: {error!r}.")
             self._failure.__cause__ = error
         # Nobody may wait for ever for a place in the queue of a failed sink.
         deque(frames, maxlen=0)
+
+
+def open_writer(
+    path: OutputPath,
+    *,
+    width: int,
+    height: int,
+    fps: float = FPS,
+    enlarge: int = 1,
+    waiting: int = WAITING_FRAMES,
+) -> Writer:
+    """Return the writer that ``path`` asks for.
+
+    A video is H.264 in an MP4 that grows while it is written and plays up to its last fragment after a kill.
+    It appears with the first frame, in place of an earlier file of its name.
+
+    Pictures are numbered from 0, and one that has its final name is whole. A folder that already holds such
+    pictures is refused: a shorter sequence over a longer one would mix two videos.
+
+    Args:
+        path: ``name.mp4`` for a video; for pictures, a folder (it ends in ``/``, has no ending, or exists) or
+            a pattern such as ``folder/frame_%06d.png``.
+        width: Pixels of the frames that will be written, before enlarging.
+        height: Pixels.
+        fps: Frames per second; pictures carry none.
+        enlarge: Side, in pixels, of the sharp-edged square each pixel becomes.
+        waiting: Frames kept for a slow encoder before ``write`` waits.
+
+    Raises:
+        GeometryError: The size cannot be encoded.
+        SettingsError: ``fps``, ``enlarge`` or ``waiting`` is impossible.
+        OutputError: The path cannot be written, or the encoder is missing.
+    """
+    moving = is_video(path)
+    _check_settings(width=width, height=height, fps=fps if moving else FPS, enlarge=enlarge, waiting=waiting)
+    check_output(path)
+    if moving:
+        sink = Encoder(Path(path), width=width, height=height, fps=fps, enlarge=enlarge)
+    else:
+        sink = _Pictures(*split_pattern(path), enlarge)
+    return Writer(sink, width=width, height=height, waiting=waiting)
 
 
 class _Pictures:

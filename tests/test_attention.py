@@ -3,6 +3,7 @@
 import importlib.machinery
 import sys
 import types
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from sfpp_core.attention import choose, matmul, sdpa
 from sfpp_core.errors import SettingsError
 
 LIKE = torch.empty(0)
+ON_A_GPU = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+"""All that is asked of the tensor of a student on a GPU, whether there is one or not."""
 SHAPE = (1, 2, 12, 16)
 
 
@@ -84,7 +87,25 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
 def test_a_back_end_that_is_not_installed_is_named(monkeypatch, name, package):
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(SettingsError, match=f"attention '{name}' needs the package {package}"):
-        choose(name, shape=SHAPE, visible=30, like=LIKE)
+        choose(name, shape=SHAPE, visible=30, like=ON_A_GPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtypes"),
+    [
+        ("flash", "bfloat16 or float16"),
+        ("sage", "bfloat16 or float16"),
+        ("xformers", "bfloat16, float16 or float32"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("device", "dtype"), [("cpu", torch.bfloat16), ("cpu", torch.float32), ("cuda", torch.float64)]
+)
+def test_a_back_end_that_cannot_compute_here_is_refused(monkeypatch, name, dtypes, device, dtype):
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda _: True)
+    like = SimpleNamespace(device=torch.device(device), dtype=dtype)
+    with pytest.raises(SettingsError, match=f"attention '{name}' needs a CUDA GPU and {dtypes}; use 'auto'"):
+        choose(name, shape=SHAPE, visible=30, like=like)
 
 
 def heads_last(q, k, v):
@@ -111,5 +132,5 @@ def test_optional_back_ends_are_called_in_their_own_layout(monkeypatch, name, mo
         monkeypatch.setitem(sys.modules, module, stub)
     setattr(stub, function, body)
     q, k, v = inputs()
-    attend = choose(name, shape=SHAPE, visible=30, like=LIKE)
+    attend = choose(name, shape=SHAPE, visible=30, like=ON_A_GPU)
     assert torch.allclose(attend(q, k, v), sdpa(q, k, v), atol=1e-6)

@@ -1,5 +1,6 @@
 """The command line: what it makes, what it says, and how it ends."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import tiny_demo
 import torch
 from tiny_demo import PROMPT, command, refused
 
-from sfpp_core import cli, demo, plan, weights_file
+from sfpp_core import cli, demo, plan, video, weights_file
 from sfpp_core.encoder import video_info
 from sfpp_core.errors import NumericsError
 from sfpp_core.sampler import LongSampler
@@ -74,20 +75,19 @@ def test_a_folder_takes_pictures(files, tmp_path):
     assert len(list(folder.glob("*.png"))) == 8
 
 
-def test_small_videos_are_enlarged_to_about_512_pixels(files, out):
+@pytest.mark.parametrize(
+    ("size", "enlarge"), [((None, None), 8), ((1024, 64), 1), ((128, 64), 4), ((64, 128), 4), ((832, 480), 1)]
+)
+def test_small_videos_are_enlarged_to_about_512_pixels(files, out, size, enlarge):
+    width, height = size
+    models = {"student": files.student, "words": files.words, "decoder": files.decoder}
     planned = plan.plan(
-        plan.Request(
-            prompt=PROMPT,
-            out=str(out),
-            settings={},
-            student=files.student,
-            words=files.words,
-            decoder=files.decoder,
-        )
+        plan.Request(prompt=PROMPT, out=str(out), settings={}, width=width, height=height, **models)
     )
-    assert (planned.geometry.height, planned.geometry.width, planned.enlarge) == (64, 64, 8)
+    assert (planned.geometry.width, planned.geometry.height) == (width or 64, height or 64)
+    assert planned.enlarge == enlarge
     assert planned.geometry.seconds == 60
-    assert planned.threads == 1
+    assert planned.threads == 1 or width
 
 
 def test_options_reach_the_rollout(files, out, monkeypatch):
@@ -134,6 +134,12 @@ def test_the_frames_of_a_short_video_begin_a_long_one(files, tmp_path):
     assert long[:10] == short
 
 
+def test_known_words_that_no_longer_count_are_named(files, out, capsys):
+    assert cli.main(command(files, out, "--quiet", prompt=f"{PROMPT} red circle right a blue circle")) == 0
+    said = capsys.readouterr().err
+    assert "WARNING: only the first 7 known words count; left out: right, a, blue, circle." in said
+
+
 def test_unknown_words_are_named_with_those_that_are_known(files, out, capsys):
     assert cli.main(command(files, out, "--quiet", prompt="a red dog moves")) == 0
     said = capsys.readouterr().err
@@ -144,18 +150,40 @@ def test_unknown_words_are_named_with_those_that_are_known(files, out, capsys):
 # --- how it ends ------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_fails_exits_with_1_and_keeps_what_it_made(files, out, capsys, monkeypatch):
-    def damaged(self, embeddings):
-        for chunk, clean in enumerate(original(self, embeddings)):
-            if chunk == 2:
-                raise NumericsError("chunk 2 came out as numbers that are not finite")
-            yield clean
-
+@pytest.fixture
+def fail(monkeypatch):
+    """Return a function that lets every run end with an error after two chunks."""
     original = LongSampler.chunks
-    monkeypatch.setattr(LongSampler, "chunks", damaged)
-    refused(
-        capsys, command(files, out, seconds="5"), "chunk 2 came out as", "The first 21 frames are in", code=1
-    )
+
+    def fail_with(error):
+        def chunks(self, embeddings):
+            yield from itertools.islice(original(self, embeddings), 2)
+            raise error
+
+        monkeypatch.setattr(LongSampler, "chunks", chunks)
+
+    return fail_with
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (NumericsError("chunk 2 came out as numbers"), "error: chunk 2 came out as numbers"),
+        (MemoryError(), "error: the memory ran out; use a smaller window"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "error: the memory ran out; use a smaller window"),
+    ],
+)
+def test_a_run_that_fails_exits_with_1_and_says_what_it_made(files, out, capsys, fail, error, message):
+    fail(error)
+    refused(capsys, command(files, out), message, f" The first 21 frames are in {out}.", code=1)
+    assert video_info(out).frames == 9 + 12
+
+
+def test_an_error_nobody_expected_says_in_its_traceback_what_was_made(files, out, fail):
+    fail(ZeroDivisionError("unexpected"))
+    with pytest.raises(ZeroDivisionError) as caught:
+        cli.main(command(files, out))
+    assert caught.value.__notes__ == [f"The first 21 frames are in {out}."]
     assert video_info(out).frames == 9 + 12
 
 
@@ -178,30 +206,71 @@ def test_an_error_nobody_expected_keeps_its_traceback(files, out, monkeypatch):
         cli.main(command(files, out))
 
 
+def wait_until(happened):
+    """Wait for something that takes seconds, on a busy machine a minute."""
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def ended_by(number, files, out):
+    """Start a long run, end it by a signal once frames are in its file, and return it with what it said."""
+    line = [sys.executable, "-m", "sfpp_core", *command(files, out, seconds="3000")]
+    with subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: process.poll() is not None or (out.exists() and out.stat().st_size > 20_000))
+        assert process.poll() is None
+        frames = video_info(out).frames
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    return process, said, frames
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.skipif(os.name == "nt", reason="signals of other systems")
 def test_a_signal_ends_the_run_and_leaves_a_video_that_plays(files, out, number):
-    line = [sys.executable, "-m", "sfpp_core", *command(files, out, seconds="3000")]
-    with subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 120
-        while not (out.exists() and out.stat().st_size > 20_000) and time.monotonic() < deadline:
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=60)
+    process, said, _ = ended_by(number, files, out)
     assert process.returncode == 128 + number
     frames = video_info(out).frames
     assert f"stopped; {out}: {frames / 16:.1f} s, {frames} frames of 3000 s are there and play" in said
     assert "Traceback" not in said
 
 
-def test_a_second_interrupt_is_no_traceback(files, out, capsys, monkeypatch):
+@pytest.mark.skipif(os.name == "nt", reason="signals of other systems")
+def test_a_kill_leaves_a_video_that_plays(files, out):
+    process, _, frames = ended_by(signal.SIGKILL, files, out)
+    assert process.returncode == -signal.SIGKILL
+    assert frames >= 16
+    assert video_info(out).frames >= frames
+
+
+def test_an_interrupt_before_the_first_frame_is_no_traceback(files, out, capsys, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(LongSampler, "chunks", interrupted)
     assert cli.main(command(files, out)) == 130
     assert "stopped before the first frame; nothing was written" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_second_interrupt_while_the_file_is_closed_is_no_traceback(files, out, capsys, fail, monkeypatch):
+    feeds, close = [], video._Feed.close
+
+    def interrupted(feed):
+        feeds.append(feed)
+        wait_until(lambda: feed.taken == 21)
+        raise KeyboardInterrupt
+
+    fail(KeyboardInterrupt())
+    monkeypatch.setattr(video._Feed, "close", interrupted)
+    assert cli.main(command(files, out, seconds="5")) == 130
+    (feed,) = feeds
+    close(feed)
+    said = capsys.readouterr().err
+    assert f"stopped; {out}: 1.3 s, 21 frames of 5 s are there and play" in said
+    assert "Traceback" not in said
+    assert video_info(out).frames == 21
 
 
 # --- the rest ---------------------------------------------------------------------------------------------

@@ -9,8 +9,10 @@ import torch
 
 from sfpp_core import demo, weights_file
 from sfpp_core.checkpoint import load_student, load_words, save_words
+from sfpp_core.config import DEMO
 from sfpp_core.decoder import load_decoder
 from sfpp_core.errors import CheckpointError
+from sfpp_core.inspection import inspect
 from sfpp_core.words import WordEncoder
 
 
@@ -80,3 +82,15 @@ def test_a_damaged_decoder_is_refused(demo_files, path):
     path.write_bytes(Path(demo_files.decoder).read_bytes()[:-10])
     with pytest.raises(CheckpointError, match="is cut short"):
         load_decoder(path)
+
+
+def test_the_embedded_demo_stays_small():
+    assert sum(path.stat().st_size for path in demo.FOLDER.rglob("*") if path.is_file()) <= 25_000_000
+
+
+def test_the_embedded_student_names_its_stage_and_its_settings():
+    info = inspect(demo.file(demo.STUDENT))
+    assert info.kind == "student" and info.causal
+    assert info.stage
+    assert info.settings is not None and info.settings.chunk == 3
+    assert info.config == DEMO

@@ -1,6 +1,7 @@
 """The forecast of memory, against what tensors really take."""
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -77,13 +78,23 @@ def test_weights_cache_and_text_are_exact(dtype):
 @pytest.mark.parametrize("attend", [sdpa, matmul])
 @pytest.mark.parametrize("size", [(128, 192), (64, 64)])
 def test_activations_are_forecast_a_little_high(attend, size):
-    settings = RolloutSettings(window=9)
-    student = CausalStudent(tiny.network(CONFIG), CONFIG, attend=attend)
+    check_activations(CONFIG, RolloutSettings(window=9), size, attend)
+
+
+@pytest.mark.parametrize("sink", [3, 6])
+def test_a_sink_that_moves_needs_no_more_for_many_layers(sink):
+    settings = RolloutSettings(window=9, sink=sink, sink_positions="relative")
+    check_activations(replace(CONFIG, layers=24), settings, (128, 128), sdpa)
+
+
+def check_activations(config, settings, size, attend):
+    """Measure a run whose window wraps, and compare it with its forecast."""
+    student = CausalStudent(tiny.network(config), config, attend=attend)
     sampler = LongSampler(student=student, geometry=geometry(*size, frames=70), settings=settings)
     expected = forecast(
-        CONFIG, sampler.geometry, settings, torch.float32, attention_holds_scores=attend is matmul
+        config, sampler.geometry, settings, torch.float32, attention_holds_scores=attend is matmul
     )
-    chunks = sampler.chunks(tiny.text(CONFIG))
+    chunks = sampler.chunks(tiny.text(config))
     with Bytes(student.network) as measured:
         for _ in chunks:
             pass
@@ -112,18 +123,6 @@ def test_memory_does_not_depend_on_the_length():
         forecast(CONFIG, geometry(frames=frames), RolloutSettings(), torch.float32) for frames in (1, 10**6)
     )
     assert short == long
-
-
-def test_lines_name_every_part():
-    lines = forecast(CONFIG, geometry(), RolloutSettings(), torch.float32).lines()
-    assert [line.split()[0] for line in lines] == [
-        "weights",
-        "cache",
-        "text",
-        "activations,",
-        "decoder,",
-        "total",
-    ]
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,15 @@
 
 import copy
 import pickle
-import weakref
-from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 
 import pack
 import pytest
-import tiny
 import torch
-from tiny import CONFIG
 
 from sfpp_core.config import WAN_1_3B, RolloutSettings
-from sfpp_core.geometry import VideoGeometry
+from sfpp_core.geometry import VideoGeometry, frames_in
 from sfpp_core.kv_cache import CacheShape
 from sfpp_core.video import video_info
 
@@ -22,7 +19,6 @@ decoding = pack.module("nodes.decoding")
 sampling = pack.module("nodes.sampling")
 generation = pack.module("nodes.generation")
 conditioning = pack.module("nodes.conditioning")
-demo_decoder = pack.module("nodes.demo_decoder")
 pace = pack.module("nodes.pace")
 errors = pack.module("sfpp_core.errors")
 LazyLatent = lazy_latent.LazyLatent
@@ -31,7 +27,7 @@ LazyLatent = lazy_latent.LazyLatent
 class Source:
     """A video of three chunks that counts how often it is read."""
 
-    frames, chunk_count, size, maker = 30, 3, (16, 16), None
+    frames, total_chunks, size, maker = 30, 3, (16, 16), None
 
     def __init__(self):
         self.reads = 0
@@ -119,9 +115,9 @@ def test_a_finished_latent_is_read_in_pieces():
     samples = torch.randn(1, 16, 7, 4, 6)
     source = lazy_latent.source_of({"samples": samples})
     pieces = list(source.chunks())
-    assert (source.frames, source.chunk_count, source.size) == (25, 3, (48, 32))
+    assert (source.frames, source.total_chunks, source.size) == (25, 3, (48, 32))
     assert torch.equal(torch.cat(pieces, dim=2), samples)
-    assert len(pieces) == source.chunk_count
+    assert len(pieces) == source.total_chunks
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 8, 8), (2, 16, 3, 8, 8)])
@@ -165,6 +161,8 @@ def test_slow_speeds_keep_two_figures():
         ([], "holds 0 prompts"),
         ([[0, {"mask": 1}]], "carries a mask"),
         ([[0, {"concat_latent_image": 1}]], "carries a start image"),
+        ([[torch.zeros(2, 3, 8), {}]], "holds a batch of 2; the Long Sampler makes one video"),
+        ([[torch.zeros(0, 3, 8), {}]], "holds a batch of 0"),
     ],
 )
 def test_conditioning_that_would_be_ignored_is_refused(value, message):
@@ -235,11 +233,27 @@ def test_pictures_of_a_long_video_are_refused_with_a_way_out():
     assert "up to 5 s and this one has 60 s; connect VIDEO instead, or raise image_seconds" in message
 
 
-@pytest.mark.parametrize(
-    ("size", "factor"), [((64, 64), 8), ((832, 480), 1), ((16, 16), 16), ((128, 64), 4), ((300, 20), 1)]
-)
-def test_small_pictures_are_enlarged_by_themselves(size, factor):
-    assert decoding.automatic(*size) == factor
+class Large(Source):
+    """A video that is too large to be enlarged much."""
+
+    size = (4096, 16)
+
+
+def test_an_enlargement_no_player_takes_is_refused_before_anything_is_made():
+    source = Large()
+    settings = {"filename_prefix": "a", "image_seconds": 0}
+    with pytest.raises(ValueError, match="enlarge is 3; at 4096x16 use 1 to 2"):
+        decoding.SFPPDecodeToVideo.execute(
+            LazyLatent(source), SimpleNamespace(stream=Stream), enlarge=3, **settings
+        )
+    assert source.reads == 0
+
+
+def test_the_widget_allows_what_the_smallest_picture_gets_by_itself():
+    enlarge = next(
+        socket for socket in pack.schemas()["SFPPDecodeToVideo"].inputs if socket.name == "enlarge"
+    )
+    assert enlarge.fields["max"] == 512 // 16
 
 
 def test_the_numbers_in_the_help_pages_are_right():
@@ -249,6 +263,20 @@ def test_the_numbers_in_the_help_pages_are_right():
     assert round(geometry.frames * geometry.width * geometry.height * 3 * 4 / 1e9, 1) == 4.6
 
 
+def test_the_main_memory_of_the_latents_is_as_the_user_is_told():
+    minute = VideoGeometry(width=832, height=480, frames=960)
+    longest = VideoGeometry(width=832, height=480, frames=frames_in(sampling.LONGEST_SECONDS))
+    chunk = torch.empty(16, *minute.chunk_shape).nbytes
+    told = f"{chunk / 1e6:.1f} MB", f"{minute.chunks * chunk / 1e6:.0f} MB per minute"
+    hour = f"{longest.chunks * chunk / 1e9:.1f} GB"
+    assert (chunk, *told, hour) == (1_198_080, "1.2 MB", "97 MB per minute", "5.8 GB")
+    page = Path(pack.ROOT / "nodes/web/docs/SFPPLongSampler.md").read_text().replace("\n", " ")
+    assert f"{told[0]} per chunk of 832 x 480, which is {told[1]} and {hour} per hour" in page
+    seconds = next(socket for socket in pack.schemas()["SFPPLongSampler"].inputs if socket.name == "seconds")
+    assert f"{told[1]} of 832x480" in seconds.fields["tooltip"]
+    assert seconds.fields["max"] == sampling.LONGEST_SECONDS == 3600
+
+
 def test_cache_settings_are_checked_against_the_chunk_of_the_student():
     settings = generation.RolloutSettings(chunk=3)
     assert sampling.CacheChoice(12, 3, "relative").over(settings).window_chunks == 4
@@ -256,96 +284,3 @@ def test_cache_settings_are_checked_against_the_chunk_of_the_student():
         errors.SettingsError, match="window is 20 latent frames; it must be a multiple of the chunk"
     ):
         sampling.CacheChoice(20, 0, "absolute").over(settings)
-
-
-def wan(kind="WAN21", **changes):
-    """Return what the host's loader makes of a Wan file, as far as its architecture goes."""
-    network = SimpleNamespace(
-        **{name: getattr(CONFIG, name) for name in ("dim", "ffn_dim", "text_dim", "freq_dim", "eps")},
-        num_heads=CONFIG.heads,
-        blocks=[None] * CONFIG.layers,
-        model_type="t2v",
-        img_emb=None,
-        ref_conv=None,
-        in_dim=16,
-        out_dim=16,
-    )
-    vars(network).update(changes)
-    model = type(kind, (), {})()
-    model.diffusion_model = network
-    return SimpleNamespace(model=model)
-
-
-def test_the_architecture_is_read_from_the_loaded_model():
-    assert generation.architecture(wan(), text_length=7).layers == CONFIG.layers
-    assert generation.architecture(wan("WAN21_CausalAR"), text_length=7).text_length == 7
-
-
-def generation_of():
-    """Return a video of six chunks over the tiny student, and a weak reference to its network."""
-    model = wan()
-    model.model.diffusion_model = tiny.network()
-    model.load_device = "cpu"
-    video = generation.Generation(
-        model,
-        generation.StudentConfig(**{name: getattr(CONFIG, name) for name in CONFIG.__slots__}),
-        embeddings=tiny.text(),
-        geometry=pack.module("sfpp_core.geometry").VideoGeometry(width=32, height=32, frames=60),
-        settings=generation.RolloutSettings(window=6),
-        seed=0,
-    )
-    return video, weakref.ref(model.model.diffusion_model)
-
-
-def test_a_video_is_made_as_it_is_read_and_the_model_is_let_go_at_the_end():
-    video, network = generation_of()
-    assert str(video) == "32x32, 60 frames, 0 of 6 chunks"
-    chunks = list(video.chunks())
-    assert str(video) == "32x32, 60 frames, 6 of 6 chunks"
-    assert network() is None
-    again = list(video.chunks())
-    assert all(torch.equal(first, second) for first, second in zip(chunks, again, strict=True))
-    assert video.samples().shape == (1, 16, 16, 4, 4)  # 61 frames: the fewest latent frames that hold 60
-
-
-@pytest.mark.parametrize("stop", [1, 3, 5])
-def test_a_reader_that_stops_leaves_its_chunks_and_the_next_goes_on(stop):
-    whole = generation_of()[0].samples()
-    video, network = generation_of()
-    with closing(video.chunks()) as chunks:
-        for _ in range(stop):
-            next(chunks)
-    assert str(video).endswith(f"{stop} of 6 chunks")
-    assert network() is not None
-    torch.testing.assert_close(video.samples(), whole)
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (wan("Flux"), "of the kind Flux"),
-        (wan(model_type="i2v"), "expects pictures"),
-        (wan(in_dim=36), r"\(36, 16\) latent channels"),
-    ],
-)
-def test_other_models_are_refused_by_name(model, message):
-    with pytest.raises(errors.CheckpointError, match=message):
-        generation.architecture(model, text_length=7)
-
-
-def test_the_demo_decodes_the_same_whole_and_streamed():
-    autoencoder = demo_decoder.TinyAutoencoder(demo_decoder_config())
-    host = pack.module("nodes._host")
-    host.own_patcher = lambda module: SimpleNamespace(load_device="cpu")
-    vae = demo_decoder.DemoVAE(autoencoder)
-    latent = torch.randn(1, 16, 7, 4, 4)
-    stream = vae.stream()
-    streamed = torch.cat([stream.decode(part) for part in latent.split(3, dim=2)])
-    whole = vae.decode(latent)
-    assert whole.shape == (1, 25, 32, 32, 3)
-    torch.testing.assert_close(whole[0].movedim(-1, 1), streamed)
-    assert vae.encode(torch.rand(27, 32, 32, 3)).shape == (1, 16, 7, 4, 4)
-
-
-def demo_decoder_config():
-    return pack.module("sfpp_core.tiny_autoencoder").AutoencoderConfig(coarse=16, fine=8, mask=8, units=1)

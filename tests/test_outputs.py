@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-from sfpp_core.errors import OutputError
-from sfpp_core.outputs import check_output, forecast_bytes
+from sfpp_core.errors import GeometryError, OutputError, SettingsError
+from sfpp_core.outputs import automatic_enlargement, check_enlargement, check_output, forecast_bytes
 from sfpp_core.video import open_writer
 
 
@@ -60,3 +60,32 @@ def test_checking_leaves_nothing_behind(tmp_path):
     for name in ("a.mp4", "pictures/", "x_%04d.png"):
         check_output(f"{tmp_path}/{name}")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("size", "factor"),
+    [((64, 64), 8), ((832, 480), 1), ((16, 16), 32), ((128, 64), 4), ((64, 128), 4), ((9000, 16), 1)],
+)
+def test_small_videos_are_enlarged_by_their_longer_side(size, factor):
+    assert automatic_enlargement(*size) == factor
+
+
+@pytest.mark.parametrize(
+    ("enlarge", "size", "error", "message"),
+    [
+        (0, (64, 32), SettingsError, "enlarge is 0; at 64x32 use 1 to 128."),
+        (129, (64, 32), SettingsError, "enlarge is 129; at 64x32 use 1 to 128."),
+        (2, (8192, 16), SettingsError, "enlarge is 2; at 8192x16 use 1 to 1."),
+        (1, (8208, 16), GeometryError, "width is 8208; players take at most 8192 pixels"),
+        (2, (16, 8208), GeometryError, "height is 8208; players take at most 8192 pixels"),
+    ],
+)
+def test_a_video_no_player_takes_is_refused(enlarge, size, error, message):
+    width, height = size
+    with pytest.raises(error, match=message):
+        check_enlargement(enlarge, width=width, height=height)
+
+
+def test_the_largest_video_is_accepted():
+    check_enlargement(128, width=64, height=32)
+    check_enlargement(1, width=8192, height=8192)

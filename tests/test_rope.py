@@ -2,9 +2,15 @@
 
 import math
 
+import pytest
+import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from sfpp_core.rope import axis_dims, move_in_time, rotate, rotation
+from sfpp_core import rope, student
+from sfpp_core.network import WanNetwork
+from sfpp_core.rope import axis_dims, exact_device, move_in_time, rotate, rotation
 
 LIKE = torch.zeros(1)
 
@@ -44,3 +50,40 @@ def test_moving_keys_in_time_equals_rotating_them_there():
     there = rotate(raw, rotation(48, 40, (3, 2, 2), like=raw))
     moved = move_in_time(rotate(raw, rotation(48, 4, (3, 2, 2), like=raw)), 36)
     torch.testing.assert_close(moved, there, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("device", "where"), [("cpu", "cpu"), ("cuda:1", "cuda:1"), ("mps", "cpu")])
+def test_angles_are_computed_where_float64_exists(device, where):
+    assert exact_device(torch.device(device)) == torch.device(where)
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """Lets nothing be float64 on ``meta``, which stands in for MPS."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                assert tensor.dtype != torch.float64, func
+        return out
+
+
+@pytest.fixture
+def like_mps(monkeypatch):
+    for module in (rope, student):
+        monkeypatch.setattr(module, "exact_device", lambda device: torch.device("cpu"))
+
+
+def test_positions_need_no_float64_on_the_device(like_mps):
+    with WithoutFloat64():
+        keys = torch.empty(1, 2, 12, 48, device="meta")
+        turns = rotation(48, 40, (3, 2, 2), like=keys)
+        assert turns.is_meta
+        assert move_in_time(rotate(keys, turns), 3).is_meta
+
+
+def test_sigma_needs_no_float64_on_the_device(like_mps):
+    network = WanNetwork(tiny.CONFIG, device="meta")
+    with WithoutFloat64():
+        shift, _ = student.CausalStudent(network, tiny.CONFIG).modulation(torch.tensor([[0.5]])).head
+    assert shift.is_meta and shift.dtype == torch.float32

@@ -1,16 +1,24 @@
 """A whole run: its beginning does not depend on its end, and it can be taken up again."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfpp_core.config import RolloutSettings
 from sfpp_core.errors import NumericsError, SettingsError
 from sfpp_core.geometry import VideoGeometry, frames_in
-from sfpp_core.sampler import LongSampler
+from sfpp_core.kv_cache import CacheShape, RollingKVCache
+from sfpp_core.noise import ChunkNoise
+from sfpp_core.rollout import rollout
+from sfpp_core.sampler import LongSampler, _FiniteCheck
+from sfpp_core.schedule import FewStepSchedule
 from sfpp_core.student import CausalStudent
+
+aten = torch.ops.aten
 
 
 def sampler(seconds=5.0, *, seed=0, student=None, **settings):
@@ -85,12 +93,131 @@ def test_attention_never_sees_more_than_the_window():
     assert len(set(seen[-3 * tiny.CONFIG.layers :])) == 1
 
 
-def test_weights_that_are_not_numbers_end_the_run_before_a_frame_is_shown():
+def broken():
+    """Return a network one of whose weights is not a number."""
     network = tiny.network()
     network.blocks[1].ffn[0].weight[0, 0] = float("nan")
-    chunks = sampler(student=CausalStudent(network, tiny.CONFIG)).chunks(tiny.text())
+    return network
+
+
+def test_weights_that_are_not_numbers_end_the_run_before_a_frame_is_shown():
+    chunks = sampler(student=CausalStudent(broken(), tiny.CONFIG)).chunks(tiny.text())
     with pytest.raises(NumericsError, match="chunk 0 came out as numbers that are not finite"):
         next(chunks)
+
+
+NAN = torch.full((1, 2), float("nan"))
+
+
+def test_a_late_check_tells_of_a_chunk_when_the_next_is_made():
+    check = _FiniteCheck(torch.float16, late=True)
+    check.add(0, torch.zeros(1, 2))
+    check.add(1, NAN)
+    with pytest.raises(NumericsError, match=r"chunk 1 came out .* torch\.float16 is too narrow"):
+        check.add(2, torch.zeros(1, 2))
+
+
+def test_a_late_check_tells_of_the_last_chunk_at_the_end():
+    check = _FiniteCheck(torch.float32, late=True)
+    check.add(0, NAN)
+    with pytest.raises(NumericsError, match="chunk 0 came out"):
+        check.settle()
+    check.settle()
+
+
+def test_a_check_that_is_not_late_tells_at_once():
+    check = _FiniteCheck(torch.float32, late=False)
+    check.add(0, torch.zeros(1, 2))
+    with pytest.raises(NumericsError, match="chunk 1 came out"):
+        check.add(1, NAN)
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0.5, 0), (1, 1), (5, 1)])
+def test_a_late_check_lets_one_bad_chunk_through_at_most_and_never_the_last(monkeypatch, seconds, shown):
+    run = sampler(seconds, student=CausalStudent(broken(), tiny.CONFIG))
+    monkeypatch.setattr(
+        "sfpp_core.sampler._FiniteCheck", lambda dtype, late: _FiniteCheck(dtype, late=not late)
+    )
+    seen = []
+    with pytest.raises(NumericsError, match="chunk 0 came out"):
+        for clean in run.chunks(tiny.text()):
+            seen.append(clean)
+    assert len(seen) == shown
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes a caller wait for the device: numbers read from a tensor."""
+
+    READS = (aten._local_scalar_dense, aten.is_nonzero, aten.item)
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in self.READS
+        return func(*args, **(kwargs or {}))
+
+
+def waits_per_chunk(chunks):
+    """Return how often each chunk made the caller wait, once the window is full."""
+    with Waits() as waits:
+        before, each = 0, []
+        for _ in chunks:
+            each.append(waits.count - before)
+            before = waits.count
+    return each[4:]
+
+
+def test_reading_a_number_counts_as_a_wait():
+    with Waits() as waits:
+        bool(torch.ones(()))
+        torch.ones(()).item()
+        float(torch.ones(()))
+    assert waits.count == 3
+
+
+@pytest.mark.parametrize("settings", [{}, {"sink": 3, "sink_positions": "relative"}])
+def test_a_rollout_never_waits_for_the_device(settings):
+    run = sampler(8, **settings)
+    like = torch.empty(1, 16, *run.geometry.chunk_shape)
+    cache = RollingKVCache(CacheShape.of(tiny.CONFIG, run.geometry, run.settings), batch=1, like=like)
+    schedule = FewStepSchedule.uniform(4)
+    with torch.inference_mode():
+        bound = run.student.bind(tiny.text())
+        made = rollout(bound, ChunkNoise(0), schedule, cache, chunks=run.geometry.chunks, like=like)
+        each = waits_per_chunk(made)
+    assert each == [0] * (run.geometry.chunks - 4)
+
+
+def test_a_run_on_a_cpu_reads_one_number_per_chunk():
+    assert set(waits_per_chunk(sampler(8).chunks(tiny.text()))) == {1}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, {"sink": 3, "sink_positions": "relative"}])
+def test_a_run_on_a_gpu_never_waits_for_it(settings):
+    student = CausalStudent(tiny.network().cuda(), tiny.CONFIG)
+    run = replace(sampler(8, student=student, **settings), device="cuda")
+    chunks = run.chunks(tiny.text())
+    made = list(itertools.islice(chunks, 4))  # the window is full, and every table is in memory
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made += chunks
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(made) == run.geometry.chunks
+    assert all(clean.isfinite().all() for clean in made)
+
+
+@pytest.mark.gpu
+def test_a_gpu_yields_one_bad_chunk_at_most():
+    run = replace(sampler(student=CausalStudent(broken().cuda(), tiny.CONFIG)), device="cuda")
+    seen = []
+    with pytest.raises(NumericsError, match="chunk 0 came out"):
+        for clean in run.chunks(tiny.text()):
+            seen.append(clean)
+    assert len(seen) == 1
 
 
 def test_bfloat16_stays_near_float32():

@@ -52,6 +52,24 @@ def test_a_chunked_rollout_equals_one_causal_forward(chunk, window, sink):
     torch.testing.assert_close(velocities(bound, cache, clip), whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("window", "sink"), [(3, 0), (4, 1)])
+def test_one_masked_forward_with_a_clean_past_and_a_noisy_chunk_equals_the_cached_pass(window, sink):
+    bound = tiny.student().bind(tiny.text())
+    chunks = 3 * window + 4
+    clip, sigma = tiny.latents(chunks), torch.zeros(1, chunks * 3)
+    sigma[:, -3:] = 0.625
+    mask = causal_mask(clip.shape[2], TOKENS, chunk=3, window=window * 3, sink=sink * 3)
+    whole = bound.whole(clip, sigma, mask=mask)[:, :, -3:]
+    *past, noisy = clip.split(3, dim=2)
+    cache = RollingKVCache(shape(window=window, sink=sink), batch=1, like=clip)
+    for chunk, clean in enumerate(past):
+        cache.open(chunk)
+        bound.remember(clean, cache)
+        cache.close()
+    cache.open(len(past))
+    torch.testing.assert_close(bound(noisy, 0.625, cache), whole, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("window", "sink"), [(1, 0), (3, 0), (4, 1), (4, 3)])
 @pytest.mark.parametrize("positions", ["absolute", "relative"])
 def test_the_gradient_cache_equals_the_ring(window, sink, positions):
@@ -173,6 +191,11 @@ def test_modulation_is_computed_once_per_sigma(monkeypatch):
     with torch.no_grad():
         velocities(bound, RollingKVCache(shape(), batch=1, like=clip), clip, sigma=0.5)
     assert sorted(calls) == [0.0, 0.5, 1.0]
+    calls.clear()
+    cache = GradientKVCache(shape())
+    cache.open(0)
+    bound(clip[:, :, :3], 0.5, cache)
+    assert calls == [0.5]  # under a gradient: anew for each pass, once
 
 
 def test_text_of_another_model_is_refused():
@@ -213,7 +236,9 @@ DIFFUSERS_NAMES = (
 
 
 def test_bidirectional_mode_equals_diffusers():
-    transformer = pytest.importorskip("diffusers").WanTransformer3DModel(
+    from diffusers import WanTransformer3DModel
+
+    transformer = WanTransformer3DModel(
         num_attention_heads=tiny.CONFIG.heads,
         attention_head_dim=tiny.CONFIG.head_dim,
         text_dim=tiny.CONFIG.text_dim,

@@ -1,5 +1,7 @@
 """The demo autoencoder: streamed equals one-shot, files carry their configuration, training resumes."""
 
+import errno
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from sfpp_core import tiny_autoencoder
-from sfpp_core.errors import CheckpointError, RolloutOrderError
+from sfpp_core.errors import CheckpointError, OutputError, RolloutOrderError
 from sfpp_core.tiny_autoencoder import AutoencoderConfig, TinyAutoencoder
 from training import train_autoencoder as training
 from training.world import render, sample_scene
@@ -104,6 +106,52 @@ def test_a_file_carries_its_configuration(tmp_path):
     assert torch.equal(loaded.decode(latents), autoencoder.decode(latents))
 
 
+def test_a_file_appears_only_once_it_is_whole_and_anyone_may_read_it(tmp_path, monkeypatch):
+    path = tmp_path / "weights.safetensors"
+    network().save(path)
+    before = path.read_bytes()
+    assert path.stat().st_mode & 0o777 == 0o644
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match=r"weights.safetensors cannot be written: No space left on device"):
+        network(replace(SMALL, fine=12)).save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_other_libraries_read_the_file(tmp_path):
+    from safetensors.torch import load_file
+
+    autoencoder = network()
+    autoencoder.save(tmp_path / "weights.safetensors")
+    weights = load_file(tmp_path / "weights.safetensors")
+    assert weights.keys() == autoencoder.state_dict().keys()
+    for name, value in autoencoder.state_dict().items():
+        assert torch.equal(weights[name], value.half()), name
+
+
+def test_a_file_that_is_cut_short_or_missing_is_refused(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    with pytest.raises(CheckpointError, match="does not exist; check the path"):
+        TinyAutoencoder.load(path)
+    network().save(path)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match="is cut short"):
+        TinyAutoencoder.load(path)
+
+
+def test_weights_that_are_not_floats_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "weights.safetensors"
+    save_file({"mean": torch.zeros(16, dtype=torch.int8)}, path, metadata={"sfpp_decoder": "{}"})
+    with pytest.raises(CheckpointError, match="holds I8 numbers; weights are F64, F32, F16, BF16"):
+        TinyAutoencoder.load(path)
+
+
 def test_a_foreign_file_is_refused(tmp_path):
     from safetensors.torch import save_file
 
@@ -120,7 +168,6 @@ def test_weights_of_another_size_are_refused(tmp_path):
         TinyAutoencoder.load(tmp_path / "odd.safetensors")
 
 
-@pytest.mark.skipif(not DEMO.exists(), reason="the demo weights are not there")
 def test_the_demo_weights_draw_the_world_cleanly():
     autoencoder = TinyAutoencoder.load(DEMO)
     clips = render([sample_scene((9, clip)) for clip in range(8)], 21)

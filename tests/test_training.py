@@ -17,14 +17,16 @@ from training.evaluate import EvaluateSettings
 from training.export import ExportSettings
 from training.loop import LoopSettings, OptimiserSettings, Trained, run
 from training.make_ode_pairs import PairSettings
-from training.teacher import DemoModel, trajectory, velocity
+from training.teacher import DemoModel, Guided, trajectory
 from training.train_autoencoder import Settings as AutoencoderSettings
+from training.train_causal import CausalSettings
 from training.train_dmd import DmdSettings
 from training.train_ode import OdeSettings, draw_levels, pick_states
 from training.train_teacher import TeacherSettings
 
 CONFIGS = Path(__file__).parent.parent / "training" / "configs"
 KINDS = {
+    "demo_causal": CausalSettings,
     "demo_autoencoder": AutoencoderSettings,
     "demo_teacher": TeacherSettings,
     "demo_ode_pairs": PairSettings,
@@ -47,10 +49,16 @@ class Toy(nn.Module):
         return self.net["out"](torch.tanh(self.net["blocks"][0](x)))
 
 
-def train(out, *, iterations=10, stop_at=None):
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    loop: LoopSettings
+    toy: OptimiserSettings
+
+
+def train(out, *, iterations=10, stop_at=None, lr=0.05):
     """Train a toy; send this process SIGTERM in iteration ``stop_at``."""
     toy = Toy()
-    settings = OptimiserSettings(lr=0.05, matrix_lr=0.01, ema=0.5, warmup=2)
+    settings = OptimiserSettings(lr=lr, matrix_lr=0.01, ema=0.5, warmup=2)
     trained = Trained(toy, settings, updates=iterations)
 
     def step(iteration):
@@ -62,7 +70,8 @@ def train(out, *, iterations=10, stop_at=None):
         return {"norm": trained.update(loss, iteration)}
 
     loop = LoopSettings(out=str(out), iterations=iterations, sample_every=5)
-    run(loop, {"toy": trained}, step, lambda path: path.write_text("sheet"))
+    recipe = Recipe(loop=loop, toy=settings)
+    run(loop, {"toy": trained}, step, lambda path: path.write_text("sheet"), recipe=recipe)
     return trained.averaged, toy
 
 
@@ -74,6 +83,24 @@ def test_ten_updates_equal_four_and_a_kill_and_six(tmp_path):
     for whole, parts in ((averaged, resumed_averaged), (plain, resumed)):
         for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_run_goes_on_only_with_its_own_settings(tmp_path):
+    with pytest.raises(SystemExit):
+        train(tmp_path, stop_at=3)
+    with pytest.raises(ConfigError, match=r"holds a run with toy.lr = 0.05, and it is 0.1 now; put it back"):
+        train(tmp_path, lr=0.1)
+    train(tmp_path, iterations=12)
+
+
+def test_what_was_lost_with_a_kill_is_logged_once(tmp_path):
+    with pytest.raises(SystemExit):
+        train(tmp_path, iterations=60, stop_at=30)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"iteration": 40}\n')
+    train(tmp_path, iterations=60)
+    lines = [json.loads(line)["iteration"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines == [20, 40, 60]
 
 
 def test_training_lowers_the_loss_and_leaves_samples_and_a_log(tmp_path):
@@ -136,21 +163,19 @@ def test_every_shipped_configuration_is_valid(name):
     load(KINDS[name], [str(CONFIGS / f"{name}.toml")], stage=name)
 
 
-def test_levels_have_a_clean_prefix_and_a_noisy_end():
+def test_levels_visit_every_step_about_equally_often():
     rng = np.random.default_rng(0)
-    levels = draw_levels(rng, 400, 7, 4, clean_prefix=0.7)
-    assert levels[:, -1].max() == 3
-    assert 0.6 < (levels[:, 0] == 4).float().mean() < 0.8
-    for row in levels:
-        clean = (row == 4).int()
-        assert (clean.diff() <= 0).all()
+    drawn = [draw_levels(rng, 7, 4) for _ in range(400)]
+    assert all(set(levels) == {0, 1, 2, 3} for levels in drawn)
+    shares = np.bincount(np.ravel(drawn)) / 2800
+    assert np.allclose(shares, 0.25, atol=0.03)
+    assert {levels[0] for levels in drawn} == {0, 1, 2, 3}
 
 
 def test_every_chunk_stands_at_its_own_level():
     states = torch.arange(5.0).view(5, 1, 1, 1, 1, 1).expand(5, 2, 3, 6, 2, 2)
-    levels = torch.tensor([[0, 4], [2, 3]])
-    clip = pick_states(states, levels, 3)
-    assert clip[:, 0, :, 0, 0].tolist() == [[0, 0, 0, 4, 4, 4], [2, 2, 2, 3, 3, 3]]
+    clip = pick_states(states, [2, 4], 3)
+    assert clip[1, 0, :, 0, 0].tolist() == [2, 2, 2, 4, 4, 4]
 
 
 SMALL = StudentConfig(dim=24, ffn_dim=32, heads=2, layers=1, text_dim=8, text_length=16)
@@ -163,16 +188,16 @@ def test_a_trajectory_passes_through_the_students_noise_levels_and_guidance_1_is
     states = list(trajectory(teacher, noise, prompts, steps=8, guidance=2.0))
     assert [round(1000 * sigma, 2) for sigma, _ in states[::2]] == [1000, 937.5, 833.33, 625, 0]
     sigma = torch.full((2, 1), 0.5)
-    plain = velocity(teacher, noise, sigma, prompts, guidance=1.0)
+    plain = Guided(teacher, prompts, guidance=1.0)(noise, sigma)
     torch.testing.assert_close(plain, teacher.bind(prompts).whole(noise, sigma))
-    guided = velocity(teacher, noise, sigma, prompts, guidance=3.0)
+    guided = Guided(teacher, prompts, guidance=3.0)(noise, sigma)
     torch.testing.assert_close(guided[1], plain[1], rtol=1e-4, atol=1e-5)
     assert (guided[0] - plain[0]).abs().max() > 1e-4
 
 
 def test_pairs_need_states_at_the_students_steps():
-    with pytest.raises(ConfigError, match="steps is 10; it must be a multiple of student_steps, 4"):
-        PairSettings(teacher="t", out="o", steps=10)
+    with pytest.raises(ConfigError, match="steps is 10; it must be a multiple of the student's steps, 4"):
+        PairSettings(teacher="t", out="o", source="causal", steps=10)
 
 
 def test_every_configuration_is_checked():

@@ -40,7 +40,7 @@ with open_writer(sys.argv[1], width=64, height=64, enlarge=2) as writer:
         writer.write(torch.rand(12, 3, 64, 64))
         while writer.frames_written < 12 * chunk:
             time.sleep(0.01)
-        print(writer.frames_written, writer._feed._sink._process.pid, flush=True)
+        print(writer.frames_written, writer._sink._process.pid, flush=True)
         time.sleep(0.1)
 """
 
@@ -50,7 +50,7 @@ def noise(frames, size=64):
 
 
 def encoder_pid(writer):
-    return writer._feed._sink._process.pid
+    return writer._sink._process.pid
 
 
 def wait_until(condition, seconds=10.0):
@@ -352,7 +352,7 @@ def test_a_slow_encoder_makes_the_caller_wait_and_the_queue_stays_short(tmp_path
     caller = threading.Thread(target=writer.write, args=(noise(200),))
     caller.start()
     caller.join(0.5)
-    waits, queued = caller.is_alive(), writer._feed._queue.qsize()
+    waits, queued = caller.is_alive(), writer._queue.qsize()
     os.kill(encoder_pid(writer), signal.SIGCONT)
     caller.join()
     assert waits

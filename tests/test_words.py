@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from sfpp_core.errors import ConditioningError
-from sfpp_core.words import WordEncoder
+from sfpp_core.words import WordEncoder, check_prompt
+
+GROUPS = {"shapes": ("circle",)}
 
 
 @pytest.fixture
@@ -35,6 +37,21 @@ def test_a_long_prompt_is_cut_at_the_text_length(encoder):
     )
 
 
+def test_known_words_that_no_longer_count_are_named(encoder):
+    prompt = "red circle moves, dog, left red circle moves"
+    assert encoder.surplus(prompt) == ["circle", "moves"]
+    assert encoder.surplus("red circle moves left dog red") == []
+    unknown, surplus = check_prompt(prompt, encoder, GROUPS)
+    assert unknown == "the demo does not know: dog. It goes without. It knows\n  shapes: circle"
+    assert surplus == "only the first 5 known words count; left out: circle, moves."
+
+
+@pytest.mark.parametrize("word", ["2", "круг", "röd", "3d"])
+def test_digits_and_other_scripts_are_words_too(encoder, word):
+    assert encoder.unknown(f"red {word.upper()} circle") == [word]
+    assert "the demo does not know" in check_prompt(f"red {word}", encoder, GROUPS)[0]
+
+
 def test_the_empty_prompt_is_all_zeros(encoder):
     assert not encoder([""]).any()
 
@@ -52,7 +69,9 @@ def test_the_gradient_reaches_the_words_said_and_no_others(encoder):
     assert encoder.table.weight.grad.any(dim=1).tolist() == [False, True, False, False]
 
 
-def test_a_prompt_of_which_nothing_is_known_is_refused(encoder):
-    encoder.check("a red thing")
-    with pytest.raises(ConditioningError, match=r"no word of the prompt 'dog'.*circle"):
-        encoder.check("dog")
+def test_a_prompt_that_says_nothing_is_refused_with_what_is_known(encoder):
+    assert check_prompt("red circle", encoder, GROUPS) == []
+    with pytest.raises(ConditioningError, match=r"no word of the prompt 'dog'\. It knows\n  shapes: circle"):
+        check_prompt("dog", encoder, GROUPS)
+    with pytest.raises(ConditioningError, match=r"the prompt is empty.*\n  shapes: circle"):
+        check_prompt(" \n", encoder, GROUPS)

@@ -25,8 +25,8 @@ from sfpp_core.student import CausalStudent
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training.config import load
 from training.sheets import sheet
-from training.teacher import DemoModel, load_demo_model, trajectory
-from training.world import FRAMES, Scene, caption, render, sample_scene
+from training.teacher import LATENT_CLIP, DemoModel, load_demo_model, trajectory
+from training.world import FRAMES, SIZE, Scene, caption, render, sample_scene
 from training.world_metrics import Second, clip_ok, measure, steady
 
 
@@ -93,7 +93,7 @@ def student_videos(settings: EvaluateSettings, prompts: Sequence[str], frames: i
         shipped = demo.load()
         student, words = CausalStudent(shipped.network, shipped.config), shipped.words
     autoencoder = TinyAutoencoder.load(Path(settings.autoencoder))
-    geometry = VideoGeometry(height=64, width=64, frames=frames, chunk=settings.rollout.chunk)
+    geometry = VideoGeometry(height=SIZE, width=SIZE, frames=frames, chunk=settings.rollout.chunk)
     for first in tqdm(range(0, len(prompts), settings.batch), desc="student"):
         sampler = LongSampler(
             student=student, geometry=geometry, settings=settings.rollout, seed=settings.seed + first
@@ -112,7 +112,7 @@ def teacher_videos(settings: EvaluateSettings, prompts: Sequence[str]) -> Iterat
     generator = torch.Generator().manual_seed(settings.seed)
     for first in tqdm(range(0, len(prompts), settings.batch), desc="teacher"):
         part = prompts[first : first + settings.batch]
-        noise = torch.randn(len(part), teacher.config.channels, 21, 8, 8, generator=generator)
+        noise = torch.randn(len(part), teacher.config.channels, *LATENT_CLIP, generator=generator)
         *_, (_, clean) = trajectory(teacher, noise, part, steps=24, guidance=settings.guidance)
         yield from decode(autoencoder, clean)
 

@@ -6,7 +6,7 @@ same scene: every batch is moved at random.
 Legend: B clips, C channels, T latent frames, H and W latent height and width.
 """
 
-import json
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -47,12 +47,17 @@ def prepare(path: Path, autoencoder: TinyAutoencoder, *, clips: int, seed: int) 
         scenes = [sample_scene((seed, index)) for index in range(first, min(first + _AT_ONCE, clips))]
         parts.append(autoencoder.encode(render(scenes)).half().contiguous())
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"latents": torch.cat(parts).contiguous()}, path, metadata=wanted)
+    partial = path.with_suffix(".partial")
+    save_file({"latents": torch.cat(parts).contiguous()}, partial, metadata=wanted)
+    partial.replace(path)
 
 
 def _fingerprint(autoencoder: TinyAutoencoder) -> str:
-    """Return a number that changes when the encoder does."""
-    return json.dumps([round(p.double().sum().item(), 6) for p in autoencoder.encoder.parameters()][:4])
+    """Return a digest that changes when anything does that decides the latents."""
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in (*autoencoder.encoder.state_dict().values(), autoencoder.mean, autoencoder.std):
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Clips:

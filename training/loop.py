@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
+
+from training.config import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +160,9 @@ class Trained(Generic[M]):
             optimiser.load_state_dict(saved)
 
 
-def run(settings: LoopSettings, parts: Mapping[str, Trained[Any]], step: Step, sample: Sample) -> None:
+def run(
+    settings: LoopSettings, parts: Mapping[str, Trained[Any]], step: Step, sample: Sample, *, recipe: Any
+) -> None:
     """Run the iterations of one stage.
 
     Continues from ``last.pt`` in the output folder if it is there. SIGTERM and Ctrl-C save and stop.
@@ -168,10 +172,16 @@ def run(settings: LoopSettings, parts: Mapping[str, Trained[Any]], step: Step, s
         parts: Everything that is trained, by the name it is saved under.
         step: Makes the update of one iteration; draws its batch from the iteration.
         sample: Writes a sample sheet.
+        recipe: The dataclass of all settings of the stage; a run is continued only with the same ones.
+
+    Raises:
+        ConfigError: The folder holds a run with other settings.
     """
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    start, seconds = _resume(out / "last.pt", parts)
+    table = _flat(asdict(recipe))
+    start, seconds = _resume(out / "last.pt", parts, table)
+    _cut_log(out / "log.jsonl", start)
     began, saved = time.monotonic() - seconds, time.monotonic()
     with _stop_signals() as stopped, tqdm(total=settings.iterations, initial=start, desc=out.name) as bar:
         for iteration in range(start, settings.iterations):
@@ -183,7 +193,11 @@ def run(settings: LoopSettings, parts: Mapping[str, Trained[Any]], step: Step, s
                 _log(out / "log.jsonl", {"iteration": done, "seconds": time.monotonic() - began, **numbers})
             due = time.monotonic() - saved > settings.save_seconds
             if due or stopped or done == settings.iterations:
-                _save(out / "last.pt", parts, done, time.monotonic() - began)
+                _save(
+                    out / "last.pt",
+                    parts,
+                    {"done": done, "seconds": time.monotonic() - began, "recipe": table},
+                )
                 saved = time.monotonic()
             if done % settings.sample_every == 0 or done == settings.iterations:
                 sample(out / f"sample_{done:06d}.png")
@@ -193,22 +207,51 @@ def run(settings: LoopSettings, parts: Mapping[str, Trained[Any]], step: Step, s
                 )
 
 
-def _save(path: Path, parts: Mapping[str, Trained[Any]], done: int, seconds: float) -> None:
+_MAY_CHANGE = {"iterations", "threads", "device", "save_seconds", "sample_every", "out"}
+"""Settings of the loop that may differ when a run is continued."""
+
+
+def _flat(table: Mapping[str, Any], above: str = "") -> dict[str, str]:
+    """Return nested settings as text by dotted name."""
+    flat: dict[str, str] = {}
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{above}{name}.")
+        elif above != "loop." or name not in _MAY_CHANGE:
+            flat[above + name] = str(value)
+    return flat
+
+
+def _save(path: Path, parts: Mapping[str, Trained[Any]], notes: dict[str, Any]) -> None:
     """Write the state of every part, whole or not at all."""
     state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
-    torch.save({**state, "done": done, "seconds": seconds}, path.with_suffix(".partial"))
+    torch.save({**state, **notes}, path.with_suffix(".partial"))
     os.replace(path.with_suffix(".partial"), path)  # noqa: PTH105 - atomic on every system
 
 
-def _resume(path: Path, parts: Mapping[str, Trained[Any]]) -> tuple[int, float]:
+def _resume(path: Path, parts: Mapping[str, Trained[Any]], recipe: dict[str, str]) -> tuple[int, float]:
     """Restore every part; return the updates done and the seconds spent."""
     if not path.exists():
         return 0, 0.0
     state = torch.load(path, map_location="cpu", weights_only=True)
+    before = state["recipe"]
+    for name in sorted(before.keys() | recipe.keys()):
+        if before.get(name) != recipe.get(name):
+            raise ConfigError(
+                f"{path.parent} holds a run with {name} = {before.get(name)}, and it is {recipe.get(name)} "
+                "now; put it back to continue, or choose another folder."
+            )
     for name, part in parts.items():
         part.load_state_dict(state[name])
     logger.info("continuing %s at iteration %d", path.parent, state["done"])
     return state["done"], state["seconds"]
+
+
+def _cut_log(path: Path, done: int) -> None:
+    """Drop the lines of iterations after ``done``: they were lost with a kill and are made again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["iteration"] <= done]
+        path.write_text("".join(line + "\n" for line in lines))
 
 
 def _log(path: Path, numbers: dict[str, float]) -> None:

@@ -13,6 +13,7 @@ from sfpp_core.sampler import LongSampler
 from sfpp_core.student import CausalStudent
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training.teacher import SAMPLE_PROMPTS, DemoModel
+from training.world import SIZE
 
 _GAP = 2
 _LABEL = 14
@@ -57,7 +58,7 @@ def roll_sheet(
     seconds: float = 20.0,
 ) -> None:
     """Write a contact sheet of rollouts of the sample prompts."""
-    geometry = VideoGeometry(height=64, width=64, frames=round(seconds * FPS), chunk=settings.chunk)
+    geometry = VideoGeometry(height=SIZE, width=SIZE, frames=round(seconds * FPS), chunk=settings.chunk)
     student = CausalStudent(model.network, model.config)
     sampler = LongSampler(student=student, geometry=geometry, settings=settings, seed=1, device=device)
     autoencoder.reset()

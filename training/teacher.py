@@ -5,18 +5,27 @@ Legend: B clips, C channels, T latent frames, H and W latent height and width.
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from sfpp_core.attention import matmul
-from sfpp_core.config import DEMO, StudentConfig
+from sfpp_core.config import DEMO, RolloutSettings, StudentConfig
+from sfpp_core.geometry import VideoGeometry
+from sfpp_core.kv_cache import CacheShape, RollingKVCache
 from sfpp_core.network import WanNetwork, initialise
 from sfpp_core.schedule import warp
 from sfpp_core.student import BoundStudent, CausalStudent
 from sfpp_core.words import WordEncoder
-from training.world import VOCABULARY
+from training.world import CAPTION_WORDS, FRAMES, SIZE, VOCABULARY
+
+CLIP = VideoGeometry(height=SIZE, width=SIZE, frames=FRAMES)
+"""Size of the clips the teacher knows."""
+
+LATENT_CLIP = (CLIP.latent_frames, *CLIP.chunk_shape[1:])
+"""``(T, H, W)`` of their latents."""
 
 QUERY_GAIN = 1.5
 """Initial gain of the query norms: sharper attention, so that motion is found sooner."""
@@ -49,25 +58,28 @@ class DemoModel(nn.Module):
         return student.bind(self.words(prompts))
 
 
-def velocity(
-    teacher: DemoModel, noisy: Tensor, sigma: Tensor, prompts: Sequence[str], *, guidance: float
-) -> Tensor:
-    """Return the teacher's velocity, with classifier-free guidance of the conventional scale (1 is none).
+class Guided:
+    """The teacher's velocity for given prompts, with classifier-free guidance."""
 
-    Args:
-        teacher: The model.
-        noisy: Clips, ``(B, C, T, H, W)``.
-        sigma: Share of noise, ``(B, 1)``.
-        prompts: One per clip.
-        guidance: ``unconditional + guidance * (conditional - unconditional)``.
-    """
-    if guidance == 1:
-        return teacher.bind(prompts).whole(noisy, sigma)
-    both = teacher.bind([*prompts, *[""] * len(prompts)]).whole(
-        noisy.repeat(2, 1, 1, 1, 1), sigma.repeat(2, 1)
-    )
-    conditional, unconditional = both.chunk(2)
-    return unconditional + guidance * (conditional - unconditional)
+    def __init__(self, teacher: DemoModel, prompts: Sequence[str], *, guidance: float) -> None:
+        """Bind ``teacher`` to ``prompts``, one per clip.
+
+        Args:
+            teacher: The model.
+            prompts: One per clip.
+            guidance: ``unconditional + guidance * (conditional - unconditional)``, the conventional scale: 1
+                is none, and costs half.
+        """
+        self.guidance = guidance
+        self._bound = teacher.bind(prompts if guidance == 1 else [*prompts, *[""] * len(prompts)])
+
+    def __call__(self, noisy: Tensor, sigma: Tensor) -> Tensor:
+        """Return the velocity at ``noisy`` ``(B, C, T, H, W)`` and ``sigma`` ``(B, 1)``."""
+        if self.guidance == 1:
+            return self._bound.whole(noisy, sigma)
+        both = self._bound.whole(noisy.repeat(2, 1, 1, 1, 1), sigma.repeat(2, 1))
+        conditional, unconditional = both.chunk(2)
+        return unconditional + self.guidance * (conditional - unconditional)
 
 
 @torch.no_grad()
@@ -82,18 +94,70 @@ def trajectory(
 ) -> Iterator[tuple[float, Tensor]]:
     """Yield sigma and state before each Euler step from ``noise``, then 0 and the clean clip."""
     sigmas = [warp(1 - step / steps, shift) for step in range(steps)] + [0.0]
-    state = noise
+    velocity, state = Guided(teacher, prompts, guidance=guidance), noise
     for sigma, following in itertools.pairwise(sigmas):
         yield sigma, state
         level = torch.full((len(noise), 1), sigma, device=noise.device)
-        state = state + (following - sigma) * velocity(teacher, state, level, prompts, guidance=guidance)
+        state = state + (following - sigma) * velocity(state, level)
     yield 0.0, state
 
 
+@torch.no_grad()
+def causal_trajectory(
+    teacher: DemoModel,
+    noise: Tensor,
+    prompts: Sequence[str],
+    *,
+    steps: int,
+    guidance: float,
+    rollout: RolloutSettings,
+) -> Iterator[list[Tensor]]:
+    """Yield for each chunk the states before each Euler step and the clean one, ``(B, C, chunk, H, W)``.
+
+    Each chunk is denoised given the clean chunks before it, so its trajectory is one a causal student can
+    follow.
+
+    Args:
+        teacher: A causal teacher.
+        noise: Where the trajectories start, ``(B, C, T, H, W)``.
+        prompts: One per clip.
+        steps: Euler steps per chunk.
+        guidance: Conventional scale: 1 is none.
+        rollout: Chunk, window, sink and shift.
+    """
+    doubled = 1 if guidance == 1 else 2
+    bound = teacher.bind(prompts if doubled == 1 else [*prompts, *[""] * len(prompts)])
+    geometry = replace(CLIP, chunk=rollout.chunk)
+    shape = CacheShape.of(teacher.config, geometry, rollout)
+    cache = RollingKVCache(shape, batch=doubled * len(noise), like=noise)
+    sigmas = [warp(1 - step / steps, rollout.shift) for step in range(steps)] + [0.0]
+    for chunk, state in enumerate(noise.split(rollout.chunk, dim=2)):
+        cache.open(chunk)
+        states = [state]
+        for sigma, following in itertools.pairwise(sigmas):
+            velocity, *unguided = bound(state.repeat(doubled, 1, 1, 1, 1), sigma, cache).chunk(doubled)
+            if unguided:
+                velocity = unguided[0] + guidance * (velocity - unguided[0])
+            state = state + (following - sigma) * velocity
+            states.append(state)
+        yield states
+        bound.remember(state.repeat(doubled, 1, 1, 1, 1), cache)
+        cache.close()
+
+
 def load_demo_model(path: Path) -> DemoModel:
-    """Read the averaged weights of a run from its ``last.pt``."""
+    """Read the averaged weights of a run from its ``last.pt``; sizes come from their shapes."""
     state = torch.load(path, map_location="cpu", weights_only=True)["model"]["averaged"]
     weights = {name.removeprefix("module."): value for name, value in state.items() if name != "n_averaged"}
-    model = DemoModel()
+    ffn_dim, dim = weights["network.blocks.0.ffn.0.weight"].shape
+    config = StudentConfig(
+        dim=dim,
+        ffn_dim=ffn_dim,
+        heads=dim // DEMO.head_dim,
+        layers=1 + max(int(name.split(".")[2]) for name in weights if name.startswith("network.blocks.")),
+        text_dim=weights["words.table.weight"].shape[1],
+        text_length=CAPTION_WORDS,
+    )
+    model = DemoModel(config)
     model.load_state_dict(weights)
     return model

@@ -1,6 +1,7 @@
-"""Stage 4 of the demo: distribution matching on the student's own rollouts.
+"""Stage 5 of the demo: distribution matching on the student's own rollouts.
 
-``horizon`` equal to ``segment`` is Self-Forcing; a longer horizon is Self-Forcing++.
+``horizon`` equal to ``segment`` is Self-Forcing; a longer horizon is Self-Forcing++. The teacher sees a
+segment from the middle of a rollout as it is: its first latent frame is not encoded again as a first frame.
 Run ``python -m training.train_dmd training/configs/demo_self_forcing.toml [key=value ...]``.
 
 Source: Self-Forcing, arXiv:2506.08009, algorithm 1; Self-Forcing++, arXiv:2510.02283, algorithm 1.
@@ -29,9 +30,9 @@ from training.loop import LoopSettings, OptimiserSettings, Trained, run
 from training.losses import dmd_loss, velocity_loss
 from training.segments import Segment, draw_segment, roll_segment
 from training.sheets import roll_sheet
-from training.teacher import DemoModel, load_demo_model, velocity
+from training.teacher import DemoModel, Guided, load_demo_model
 from training.train_teacher import warp_all
-from training.world import caption, sample_scene
+from training.world import FRAMES, SIZE, caption, sample_scene
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +136,7 @@ class Matching:
         self.critic = load_demo_model(Path(settings.teacher_run)).to(device)
         rollout = settings.rollout
         self.schedule = FewStepSchedule.uniform(rollout.steps, shift=rollout.shift)
-        self.geometry = VideoGeometry(height=64, width=64, frames=81, chunk=rollout.chunk)
+        self.geometry = VideoGeometry(height=SIZE, width=SIZE, frames=FRAMES, chunk=rollout.chunk)
         self.shape = CacheShape.of(self.student.config, self.geometry, rollout)
 
     def roll(self, batch: Batch) -> Tensor:
@@ -181,7 +182,7 @@ class Matching:
     ) -> Tensor:
         """Return the velocity of a bidirectional role."""
         with torch.autocast(self.device.type, torch.bfloat16):
-            return velocity(model, noisy, sigma, captions, guidance=guidance)
+            return Guided(model, captions, guidance=guidance)(noisy, sigma)
 
 
 def main(settings: DmdSettings) -> None:
@@ -214,7 +215,7 @@ def main(settings: DmdSettings) -> None:
     def sample(path: Path) -> None:
         roll_sheet(student.averaged, autoencoder, settings.rollout, path, device=device)
 
-    run(settings.loop, {"model": student, "critic": critic}, step, sample)
+    run(settings.loop, {"model": student, "critic": critic}, step, sample, recipe=settings)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Stage 3 of the demo: the causal student, initialised on the teacher's trajectories.
+"""Stage 4 of the demo: the causal student, initialised on the teacher's trajectories.
 
-One forward covers a whole clip under the mask of a rollout. Each chunk stands at a noise level of its own, or
-is
-clean: at inference the past is clean, so a random clean prefix is part of the batch.
+Each chunk stands at one of the student's noise levels, with the trajectory's own clean past behind it in the
+cache, as at inference; the target is where the trajectory ends.
 Run ``python -m training.train_ode training/configs/demo_ode.toml [key=value ...]``.
 
 Source: Self-Forcing, arXiv:2506.08009, equation 4; CausVid, arXiv:2412.07772.
@@ -10,25 +9,25 @@ Source: Self-Forcing, arXiv:2506.08009, equation 4; CausVid, arXiv:2412.07772.
 
 import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sfpp_core.attention import matmul
 from sfpp_core.config import RolloutSettings
-from sfpp_core.schedule import FewStepSchedule, clean_from_velocity
-from sfpp_core.student import causal_mask
+from sfpp_core.kv_cache import CacheShape
+from sfpp_core.schedule import FewStepSchedule
+from sfpp_core.student import CausalStudent
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training.config import load
+from training.forcing import forced_estimates
 from training.loop import LoopSettings, OptimiserSettings, Trained, run
-from training.make_ode_pairs import Pairs, PairSettings
+from training.make_ode_pairs import Pairs
 from training.sheets import roll_sheet
-from training.teacher import load_demo_model
-
-TOKENS = 16
-"""Tokens of a latent frame of the demo."""
+from training.teacher import CLIP, load_demo_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,82 +40,67 @@ class OdeSettings:
     optimiser: OptimiserSettings
     """How the student is updated."""
 
-    pairs: PairSettings
-    """How the pairs were made."""
+    pairs: str
+    """Folder of the pairs."""
+
+    teacher_run: str
+    """``last.pt`` of the teacher, which the student starts from."""
 
     autoencoder: str
     """Weights of the demo autoencoder, for the sample sheets."""
 
-    batch: int = 24
+    batch: int = 16
     """Trajectories per update."""
-
-    clean_prefix: float = 0.7
-    """Share of clips whose first chunks are clean."""
 
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """How the student will be rolled out."""
 
 
-def draw_levels(
-    rng: np.random.Generator, clips: int, chunks: int, steps: int, *, clean_prefix: float
-) -> Tensor:
-    """Return the index of the state of every chunk, ``(clips, chunks)``; ``steps`` stands for clean.
-
-    At least the last chunk of every clip is noisy.
-    """
-    levels = rng.integers(steps, size=(clips, chunks))
-    for row in levels:
-        if rng.random() < clean_prefix:
-            row[: rng.integers(1, chunks)] = steps
-    return torch.from_numpy(levels)
+def draw_levels(rng: np.random.Generator, chunks: int, steps: int) -> list[int]:
+    """Return the denoising step each chunk stands at: every step about equally often, in random order."""
+    return [int(level) for level in rng.permutation(np.arange(chunks) + rng.integers(steps)) % steps]
 
 
-def pick_states(states: Tensor, levels: Tensor, chunk: int) -> Tensor:
+def pick_states(states: Tensor, levels: list[int], chunk: int) -> Tensor:
     """Return the clip ``(B, C, T, H, W)`` in which every chunk stands at its own level.
 
     Args:
         states: ``(steps + 1, B, C, T, H, W)``.
-        levels: ``(B, chunks)``.
+        levels: Index of the state of each chunk.
         chunk: Latent frames per chunk.
     """
-    index = levels.repeat_interleave(chunk, dim=1)[None, :, None, :, None, None]
-    return states.gather(0, index.expand(1, *states.shape[1:])).squeeze(0)
+    pieces = states.split(chunk, dim=3)
+    return torch.cat([piece[level] for piece, level in zip(pieces, levels, strict=True)], dim=2)
 
 
 def main(settings: OdeSettings) -> None:
     """Train the causal initialisation."""
     device = settings.loop.pick_device()
     rollout = settings.rollout
-    pairs = Pairs(Path(settings.pairs.out), settings.pairs)
-    student = load_demo_model(Path(settings.pairs.teacher)).to(device)
-    latent_frames = pairs.states.shape[3]
-    mask = causal_mask(
-        latent_frames, TOKENS, chunk=rollout.chunk, window=rollout.window, sink=rollout.sink
-    ).to(device)
-    sigmas = torch.tensor([*FewStepSchedule.uniform(rollout.steps, shift=rollout.shift).sigmas, 0.0])
-
-    trained = Trained(student, settings.optimiser, updates=settings.loop.iterations)
+    pairs = Pairs(Path(settings.pairs))
+    model = load_demo_model(Path(settings.teacher_run)).to(device)
+    geometry = replace(CLIP, chunk=rollout.chunk)
+    shape = CacheShape.of(model.config, geometry, rollout)
+    schedule = FewStepSchedule.uniform(rollout.steps, shift=rollout.shift)
+    trained = Trained(model, settings.optimiser, updates=settings.loop.iterations)
+    autoencoder = TinyAutoencoder.load(Path(settings.autoencoder)).to(device)
 
     def step(iteration: int) -> dict[str, float]:
         states, captions, rng = pairs.batch(settings.loop.seed, iteration, settings.batch)
-        chunks = latent_frames // rollout.chunk
-        levels = draw_levels(rng, settings.batch, chunks, rollout.steps, clean_prefix=settings.clean_prefix)
+        levels = draw_levels(rng, geometry.chunks, rollout.steps)
         noisy, target = pick_states(states, levels, rollout.chunk).to(device), states[-1].to(device)
-        sigma = sigmas[levels].repeat_interleave(rollout.chunk, dim=1).to(device)
+        sigmas = [schedule.sigmas[level] for level in levels]
         with torch.autocast(device.type, torch.bfloat16):
-            velocity = student.bind(captions, dtype=torch.bfloat16).whole(noisy, sigma, mask=mask)
-        clean = clean_from_velocity(noisy, velocity, sigma[:, None, :, None, None])
-        error = (clean - target).square().mean(dim=(1, 3, 4))
-        loss = error[sigma > 0].mean()
-        last = error[sigma == sigmas[-2].to(device)].mean().item()
-        return {"loss": loss.item(), "norm": trained.update(loss, iteration), "last": last}
-
-    autoencoder = TinyAutoencoder.load(Path(settings.autoencoder)).to(device)
+            student = CausalStudent(model.network, model.config, attend=matmul, dtype=torch.bfloat16)
+            bound = student.bind(model.words(captions))
+            clean = [clean for _, clean in forced_estimates(bound, shape, target, noisy, sigmas)]
+        loss = torch.nn.functional.mse_loss(torch.cat(clean, dim=2), target)
+        return {"loss": loss.item(), "norm": trained.update(loss, iteration)}
 
     def sample(path: Path) -> None:
         roll_sheet(trained.averaged, autoencoder, rollout, path, device=device)
 
-    run(settings.loop, {"model": trained}, step, sample)
+    run(settings.loop, {"model": trained}, step, sample, recipe=settings)
 
 
 if __name__ == "__main__":

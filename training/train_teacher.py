@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sfpp_core.config import DEMO, StudentConfig
 from sfpp_core.schedule import add_noise, warp
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training.config import load
@@ -29,6 +30,9 @@ class TeacherSettings:
 
     optimiser: OptimiserSettings
     """How the teacher is updated."""
+
+    model: StudentConfig = DEMO
+    """Architecture; every later stage takes it over."""
 
     autoencoder: str
     """Weights of the demo autoencoder."""
@@ -58,7 +62,7 @@ def main(settings: TeacherSettings) -> None:
     autoencoder = TinyAutoencoder.load(Path(settings.autoencoder)).to(device)
     prepare(Path(settings.latents), autoencoder, clips=settings.clips, seed=settings.loop.seed)
     clips = Clips(Path(settings.latents), seed=settings.loop.seed, drop=settings.drop)
-    teacher = DemoModel(seed=settings.loop.seed).to(device)
+    teacher = DemoModel(settings.model, seed=settings.loop.seed).to(device)
 
     trained = Trained(teacher, settings.optimiser, updates=settings.loop.iterations)
 
@@ -87,7 +91,7 @@ def main(settings: TeacherSettings) -> None:
             rows.append((prompt, autoencoder.decode(clip[None])[0]))
         sheet(rows, path)
 
-    run(settings.loop, {"model": trained}, step, sample)
+    run(settings.loop, {"model": trained}, step, sample, recipe=settings)
 
 
 def warp_all(sigma: Tensor, shift: float) -> Tensor:

@@ -1,0 +1,43 @@
+"""Teacher forcing through the student's own cache: every chunk is denoised with the true past behind it.
+
+The past is remembered by the same clean pass as at inference, and carries no gradient.
+
+Legend: B clips, C channels, T latent frames, H and W latent height and width.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from sfpp_core.kv_cache import CacheShape, GradientKVCache
+from sfpp_core.schedule import clean_from_velocity
+from sfpp_core.student import BoundStudent
+
+
+def forced_estimates(
+    student: BoundStudent, shape: CacheShape, clean: Tensor, noisy: Tensor, sigmas: Sequence[float]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield velocity and clean estimate of every chunk, each ``(B, C, chunk, H, W)``, oldest first.
+
+    Args:
+        student: The student, bound to its captions.
+        shape: Size of its cache.
+        clean: The true clips, ``(B, C, T, H, W)``: what each chunk finds as its past.
+        noisy: What is denoised, same shape.
+        sigmas: Share of noise of each chunk.
+    """
+    cache, size = GradientKVCache(shape), shape.latent_frames_per_chunk
+    pieces = zip(noisy.split(size, dim=2), clean.split(size, dim=2), sigmas, strict=True)
+    for chunk, (noisy_chunk, clean_chunk, sigma) in enumerate(pieces):
+        cache.open(chunk)
+        velocity = student(noisy_chunk, sigma, cache)
+        yield velocity, clean_from_velocity(noisy_chunk, velocity, sigma)
+        student.remember(clean_chunk, cache)
+        cache.close()
+
+
+def spread_sigmas(generator: torch.Generator, chunks: int) -> list[float]:
+    """Return one number in (0, 1) per chunk, spread evenly and in random order."""
+    strata = (torch.arange(chunks) + torch.rand(chunks, generator=generator)) / chunks
+    return strata[torch.randperm(chunks, generator=generator)].tolist()

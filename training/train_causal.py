@@ -1,0 +1,96 @@
+"""Stage 2 of the demo: a causal teacher, by flow matching on each chunk given its true past.
+
+It starts from the bidirectional teacher. Its trajectories are what a causal student can follow: a trajectory
+of the bidirectional teacher also depends on what has not happened yet. Run ``python -m training.train_causal
+training/configs/demo_causal.toml [key=value ...]``.
+
+Source: the causal teacher of Causal-Forcing (repository thu-ml/Causal-Forcing).
+"""
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from sfpp_core.attention import matmul
+from sfpp_core.config import RolloutSettings
+from sfpp_core.kv_cache import CacheShape
+from sfpp_core.schedule import add_noise, warp
+from sfpp_core.student import CausalStudent
+from sfpp_core.tiny_autoencoder import TinyAutoencoder
+from training.config import load
+from training.forcing import forced_estimates, spread_sigmas
+from training.latents import Clips
+from training.loop import LoopSettings, OptimiserSettings, Trained, run
+from training.losses import velocity_loss
+from training.sheets import roll_sheet
+from training.teacher import CLIP, load_demo_model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CausalSettings:
+    """Settings of the causal teacher."""
+
+    loop: LoopSettings
+    """Length and bookkeeping."""
+
+    optimiser: OptimiserSettings
+    """How it is updated."""
+
+    teacher_run: str
+    """``last.pt`` of the bidirectional teacher."""
+
+    autoencoder: str
+    """Weights of the demo autoencoder, for the sample sheets."""
+
+    latents: str
+    """File of encoded clips, made by the teacher's stage."""
+
+    batch: int = 16
+    """Clips per update."""
+
+    drop: float = 0.1
+    """Share of captions dropped, for classifier-free guidance."""
+
+    shift: float = 3.0
+    """Shift of the noise levels seen in training."""
+
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    """Chunk, window and sink; steps and shift of the sample sheets."""
+
+
+def main(settings: CausalSettings) -> None:
+    """Train the causal teacher."""
+    device = settings.loop.pick_device()
+    clips = Clips(Path(settings.latents), seed=settings.loop.seed + 1, drop=settings.drop)
+    model = load_demo_model(Path(settings.teacher_run)).to(device)
+    shape = CacheShape.of(model.config, CLIP, settings.rollout)
+    trained = Trained(model, settings.optimiser, updates=settings.loop.iterations)
+    autoencoder = TinyAutoencoder.load(Path(settings.autoencoder)).to(device)
+    chunk = settings.rollout.chunk
+
+    def step(iteration: int) -> dict[str, float]:
+        clean, captions, generator = clips.batch(iteration, settings.batch)
+        sigmas = [warp(level, settings.shift) for level in spread_sigmas(generator, CLIP.chunks)]
+        levels = torch.tensor(sigmas).repeat_interleave(chunk)[None, None, :, None, None]
+        noise = torch.randn(clean.shape, generator=generator)
+        noisy = add_noise(clean, noise, levels).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            student = CausalStudent(model.network, model.config, attend=matmul, dtype=torch.bfloat16)
+            bound = student.bind(model.words(captions))
+            pairs = list(forced_estimates(bound, shape, clean.to(device), noisy, sigmas))
+        velocity = torch.cat([velocity for velocity, _ in pairs], dim=2)
+        loss = velocity_loss(velocity, clean.to(device), noise.to(device))
+        return {"loss": loss.item(), "norm": trained.update(loss, iteration)}
+
+    def sample(path: Path) -> None:
+        roll_sheet(trained.averaged, autoencoder, settings.rollout, path, device=device)
+
+    run(settings.loop, {"model": trained}, step, sample, recipe=settings)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main(load(CausalSettings, sys.argv[1:], stage="train_causal"))
