@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..sfpp_core.attention import Attend, choose
 from ..sfpp_core.config import RolloutSettings, StudentConfig
-from ..sfpp_core.errors import CheckpointError
+from ..sfpp_core.errors import CheckpointError, NumericsError
 from ..sfpp_core.geometry import VideoGeometry
 from ..sfpp_core.kv_cache import CacheShape
 from ..sfpp_core.sampler import LongSampler
@@ -127,11 +127,16 @@ class Generation:
         if self._recipe is None:
             return
         with closing(self._make(beside)) as fresh:
-            for clean in fresh:
-                self._finished.append(clean)
-                if len(self._finished) == self.total_chunks:
-                    self._recipe = None
-                yield _host.to_host_latent(clean)
+            try:
+                for clean in fresh:
+                    self._finished.append(clean)
+                    if len(self._finished) == self.total_chunks:
+                        self._recipe = None
+                    yield _host.to_host_latent(clean)
+            except NumericsError:
+                # The answer may come one chunk late, so the latest one kept may be the one refused.
+                del self._finished[-1:]
+                raise
 
     @plain_errors
     def samples(self) -> Tensor:

@@ -6,11 +6,12 @@ Legend: F frames, H W height and width in pixels.
 import contextlib
 import errno
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Queue
+from queue import SimpleQueue
 from threading import Thread
 from typing import Protocol
 
@@ -37,6 +38,9 @@ __all__ = [
 
 WAITING_FRAMES = 32
 """Frames kept for a slow encoder before ``write`` waits for it."""
+
+_POLL_SECONDS = 0.002
+"""Pause between two looks at a full queue."""
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +93,10 @@ class Writer:
         self._sink = sink
         self._size = (3, height, width)
         self._taken = 0
-        self._queue: Queue[_Waiting | None] = Queue(maxsize=waiting)
+        self._waiting = waiting
+        # Ctrl-C may come at any moment, and inside the put of a Queue with a limit it can leave the lock held.
+        # A SimpleQueue has no lock of its own to leave, so the limit is kept in write().
+        self._queue: SimpleQueue[_Waiting | None] = SimpleQueue()
         self._failure: OutputError | None = None
         self._closed = False
         # A daemon: an abandoned writer must not keep the interpreter alive.
@@ -117,6 +124,8 @@ class Writer:
                 f"this writer takes (F, 3, {height}, {width}) of floats in [0, 1]."
             )
         for frame in _as_bytes(frames):
+            while self._queue.qsize() >= self._waiting and self._failure is None:
+                time.sleep(_POLL_SECONDS)
             if self._failure is not None:
                 raise self._failure
             self._queue.put(frame)

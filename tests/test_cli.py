@@ -175,14 +175,15 @@ def fail(monkeypatch):
 )
 def test_a_run_that_fails_exits_with_1_and_says_what_it_made(files, out, capsys, fail, error, message):
     fail(error)
-    refused(capsys, command(files, out), message, f" The first 21 frames are in {out}.", code=1)
+    words = command(files, out, seconds="5")
+    refused(capsys, words, message, f" The first 21 frames are in {out}.", code=1)
     assert video_info(out).frames == 9 + 12
 
 
 def test_an_error_nobody_expected_says_in_its_traceback_what_was_made(files, out, fail):
     fail(ZeroDivisionError("unexpected"))
     with pytest.raises(ZeroDivisionError) as caught:
-        cli.main(command(files, out))
+        cli.main(command(files, out, seconds="5"))
     assert caught.value.__notes__ == [f"The first 21 frames are in {out}."]
     assert video_info(out).frames == 9 + 12
 
@@ -218,11 +219,14 @@ def ended_by(number, files, out):
     """Start a long run, end it by a signal once frames are in its file, and return it with what it said."""
     line = [sys.executable, "-m", "sfpp_core", *command(files, out, seconds="3000")]
     with subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        wait_until(lambda: process.poll() is not None or (out.exists() and out.stat().st_size > 20_000))
-        assert process.poll() is None
-        frames = video_info(out).frames
-        process.send_signal(number)
-        _, said = process.communicate(timeout=60)
+        try:
+            wait_until(lambda: process.poll() is not None or (out.exists() and out.stat().st_size > 20_000))
+            assert process.poll() is None
+            frames = video_info(out).frames
+            process.send_signal(number)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
     return process, said, frames
 
 
@@ -255,18 +259,18 @@ def test_an_interrupt_before_the_first_frame_is_no_traceback(files, out, capsys,
 
 
 def test_a_second_interrupt_while_the_file_is_closed_is_no_traceback(files, out, capsys, fail, monkeypatch):
-    feeds, close = [], video._Feed.close
+    writers, close = [], video.Writer.close
 
-    def interrupted(feed):
-        feeds.append(feed)
-        wait_until(lambda: feed.taken == 21)
+    def interrupted(writer):
+        writers.append(writer)
+        wait_until(lambda: writer.frames_written == 21)
         raise KeyboardInterrupt
 
     fail(KeyboardInterrupt())
-    monkeypatch.setattr(video._Feed, "close", interrupted)
+    monkeypatch.setattr(video.Writer, "close", interrupted)
     assert cli.main(command(files, out, seconds="5")) == 130
-    (feed,) = feeds
-    close(feed)
+    (writer,) = writers
+    close(writer)
     said = capsys.readouterr().err
     assert f"stopped; {out}: 1.3 s, 21 frames of 5 s are there and play" in said
     assert "Traceback" not in said

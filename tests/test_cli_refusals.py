@@ -48,7 +48,7 @@ def out(tmp_path):
         (["--width", "8208"], "width is 8208; players take at most 8192 pixels, use fewer."),
         (["--height", "16384", "--enlarge", "4"], "height is 16384; players take at most 8192 pixels"),
         (["--threads", "0"], "threads is 0; use at least 1"),
-        (["--attention", "fast"], "attention is 'fast'; use one of auto, sdpa, matmul"),
+        (["--attention", "fast"], "attention is 'fast'; use one of auto, probe, sdpa, matmul"),
         (
             ["--attention", "flash", "--device", "cpu"],
             "attention 'flash' needs a CUDA GPU and bfloat16 or float16; use 'auto'.",

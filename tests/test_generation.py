@@ -147,3 +147,18 @@ def test_cancel_ends_the_passes_over_the_chunks_of_an_earlier_run(monkeypatch):
     assert str(video).endswith("3 of 6 chunks")
     monkeypatch.undo()
     torch.testing.assert_close(video.samples(), whole)
+
+
+def test_a_chunk_refused_late_is_not_kept(monkeypatch):
+    """On a GPU the answer that a chunk is not finite comes with the next one, when it has been handed out."""
+    numerics = generation.NumericsError
+
+    def chunks(self, embeddings, *, past=()):
+        yield from torch.zeros(3, 1, 16, 3, 4, 4)
+        raise numerics("chunk 2 came out as numbers that are not finite")
+
+    monkeypatch.setattr(generation.LongSampler, "chunks", chunks)
+    video, _ = generation_of()
+    with pytest.raises(numerics):
+        list(video.chunks())
+    assert str(video).endswith("2 of 6 chunks")

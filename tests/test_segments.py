@@ -77,6 +77,16 @@ def test_the_gradient_of_a_chunk_is_its_own(chunk):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
+def test_every_weight_gets_a_gradient_under_autocast():
+    """Passes without a gradient come first; autocast must not hand on the weights it casted for them."""
+    net = tiny.network().requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16):
+        clean = roll(Segment(start=1, chunks=2, exit_step=3), net=net)
+    clean.square().mean().backward()
+    missing = [name for name, parameter in net.named_parameters() if parameter.grad is None]
+    assert not missing
+
+
 def test_the_dmd_gradient_is_the_normalised_score_difference():
     torch.manual_seed(0)
     clean = torch.randn(2, 4, 3, 2, 2, requires_grad=True)

@@ -88,12 +88,13 @@ def make_batch(teacher: DemoModel, settings: PairSettings, batch: int) -> Tensor
     noise = noise.to(next(teacher.parameters()).device)
     every = settings.steps // settings.rollout.steps
     options = {"steps": settings.steps, "guidance": settings.guidance}
-    if settings.source == "causal":
-        chunks = causal_trajectory(teacher, noise, captions, rollout=settings.rollout, **options)
-        states = torch.cat([torch.stack(chunk[::every]) for chunk in chunks], dim=3)
-    else:
-        path = trajectory(teacher, noise, captions, shift=settings.rollout.shift, **options)
-        states = torch.stack([state for step, (_, state) in enumerate(path) if step % every == 0])
+    with torch.autocast(noise.device.type, torch.bfloat16):
+        if settings.source == "causal":
+            chunks = causal_trajectory(teacher, noise, captions, rollout=settings.rollout, **options)
+            states = torch.cat([torch.stack(chunk[::every]) for chunk in chunks], dim=3)
+        else:
+            path = trajectory(teacher, noise, captions, shift=settings.rollout.shift, **options)
+            states = torch.stack([state for step, (_, state) in enumerate(path) if step % every == 0])
     return states.half().cpu()
 
 
