@@ -94,7 +94,7 @@ class Writer:
         self._size = (3, height, width)
         self._taken = 0
         self._waiting = waiting
-        # Ctrl-C may come at any moment, and inside the put of a Queue with a limit it can leave its lock held.
+        # Ctrl-C may come at any moment, and inside the put of a Queue with a limit it can leave a lock held.
         # A SimpleQueue has no lock of its own to leave, so the limit is kept in write().
         self._queue: SimpleQueue[_Waiting | None] = SimpleQueue()
         self._failure: OutputError | None = None
