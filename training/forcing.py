@@ -33,8 +33,9 @@ def forced_estimates(
         cache.open(chunk)
         velocity = student(noisy_chunk, sigma, cache)
         yield velocity, clean_from_velocity(noisy_chunk, velocity, sigma)
-        student.remember(clean_chunk, cache)
-        cache.close()
+        if chunk + 1 < len(sigmas):
+            student.remember(clean_chunk, cache)
+            cache.close()
 
 
 def spread_sigmas(generator: torch.Generator, chunks: int) -> list[float]:

@@ -57,6 +57,9 @@ class CausalSettings:
     shift: float = 3.0
     """Shift of the noise levels seen in training."""
 
+    chunks: int = 7
+    """Chunks of each clip that are trained, from its first; few train what has little past to copy."""
+
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """Chunk, window and sink; steps and shift of the sample sheets."""
 
@@ -73,7 +76,8 @@ def main(settings: CausalSettings) -> None:
 
     def step(iteration: int) -> dict[str, float]:
         clean, captions, generator = clips.batch(iteration, settings.batch)
-        sigmas = [warp(level, settings.shift) for level in spread_sigmas(generator, CLIP.chunks)]
+        clean = clean[:, :, : settings.chunks * chunk]
+        sigmas = [warp(level, settings.shift) for level in spread_sigmas(generator, settings.chunks)]
         levels = torch.tensor(sigmas).repeat_interleave(chunk)[None, None, :, None, None]
         noise = torch.randn(clean.shape, generator=generator)
         noisy = add_noise(clean, noise, levels).to(device)
