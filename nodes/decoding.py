@@ -136,7 +136,7 @@ def write_video(
     width, height = source.size
     size = forecast_bytes(path, frames=source.frames, width=width, height=height, enlarge=enlarge)
     check_output(path, expected_bytes=size)
-    pace = Pace(source.total_chunks)
+    pace = Pace(source.total_chunks, kept=source.kept)
     _host.say("starting")
     writer = open_writer(path, width=width, height=height, fps=FPS, enlarge=enlarge)
     try:

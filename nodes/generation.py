@@ -108,6 +108,11 @@ class Generation:
         return self.geometry.chunks
 
     @property
+    def kept(self) -> int:
+        """Chunks that are finished, from the first."""
+        return len(self._finished)
+
+    @property
     def size(self) -> tuple[int, int]:
         """Width and height in pixels."""
         return self.geometry.width, self.geometry.height
@@ -141,7 +146,7 @@ class Generation:
     @plain_errors
     def samples(self) -> Tensor:
         """Return the whole latent ``(1, C, T, h, w)``, generating what is missing with a progress bar."""
-        parts, pace = [], Pace(self.total_chunks)
+        parts, pace = [], Pace(self.total_chunks, kept=self.kept)
         with _host.Progress(self.total_chunks, self.maker) as progress, closing(self.chunks()) as chunks:
             for index, chunk in enumerate(chunks):
                 parts.append(chunk)

@@ -34,6 +34,11 @@ class ChunkSource(Protocol):
         ...
 
     @property
+    def kept(self) -> int:
+        """Chunks that need not be made any more, from the first."""
+        ...
+
+    @property
     def size(self) -> tuple[int, int]:
         """Width and height in pixels."""
         ...
@@ -72,6 +77,7 @@ class Finished:
         self._samples = samples
         self.frames = 1 + TEMPORAL_STRIDE * (samples.shape[2] - 1)
         self.total_chunks = -(-samples.shape[2] // self.LATENT_FRAMES)
+        self.kept = 0  # nothing is made here: the pace is the decoder's
         self.size = (samples.shape[4] * SPATIAL_STRIDE, samples.shape[3] * SPATIAL_STRIDE)
 
     def chunks(self, *, beside: Sequence[Any] = ()) -> Generator[Tensor]:  # noqa: ARG002 - nothing is loaded here

@@ -11,12 +11,13 @@ MEMORY = 8
 class Pace:
     """Progress of one reading of a video, chunk by chunk.
 
-    The speed is that of the latest chunks: those that were there before pass in no time.
+    The speed is that of the latest chunks, and only of those made now: kept ones pass in no time.
     """
 
-    def __init__(self, chunks: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """Start the clock on a video of ``chunks`` chunks."""
+    def __init__(self, chunks: int, *, kept: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+        """Start the clock on a video of ``chunks`` chunks, of which the first ``kept`` are there already."""
         self.chunks = chunks
+        self.kept = kept
         self.done = 0
         self._clock = clock
         self._frames = 0
@@ -27,6 +28,8 @@ class Pace:
         """Count one chunk of ``frames`` frames and return the text to show."""
         self.done += 1
         self._frames += frames
+        if self.done <= self.kept:
+            self._recent.clear()
         self._recent.append((self._clock(), self._frames))
         return self.text()
 

@@ -27,7 +27,7 @@ LazyLatent = lazy_latent.LazyLatent
 class Source:
     """A video of three chunks that counts how often it is read."""
 
-    frames, total_chunks, size, maker = 30, 3, (16, 16), None
+    frames, total_chunks, kept, size, maker = 30, 3, 0, (16, 16), None
 
     def __init__(self):
         self.reads = 0
@@ -128,11 +128,15 @@ def test_pictures_and_batches_are_refused(shape):
 
 def test_the_pace_is_that_of_the_latest_chunks():
     now = [0.0]
-    watch = pace.Pace(81, clock=lambda: now[0])
+    watch = pace.Pace(81, kept=20, clock=lambda: now[0])
     assert watch.text() == "chunk 0 of 81"
-    for _ in range(20):  # chunks that were there already
-        watch.tick(12)
-    for _ in range(20):
+    for _ in range(20):  # chunks that were there already: decoding them again says nothing of the rest
+        now[0] += 0.01
+        text = watch.tick(12)
+    assert text == "chunk 20 of 81"
+    now[0] += 0.5
+    assert watch.tick(12) == "chunk 21 of 81, 24 fps, 30 s left"
+    for _ in range(19):
         now[0] += 0.5
         text = watch.tick(12)
     assert text == "chunk 40 of 81, 24 fps, 20 s left"
