@@ -126,8 +126,8 @@ class Trained(Generic[M]):
         past = max(0.0, update / self._updates - hold) / max(1e-9, 1 - hold)
         return rising * 0.5 * (1 + math.cos(math.pi * past))
 
-    def update(self, loss: Tensor, update: int) -> float:
-        """Follow the gradient of ``loss`` once; return its norm.
+    def accumulate(self, loss: Tensor, update: int) -> None:
+        """Add the gradient of ``loss`` to that of the coming update.
 
         Raises:
             FloatingPointError: The loss is not finite.
@@ -135,6 +135,14 @@ class Trained(Generic[M]):
         if not torch.isfinite(loss):
             raise FloatingPointError(f"loss is {loss.item()} at update {update}; the last save is as it was.")
         loss.backward()
+
+    def update(self, loss: Tensor, update: int) -> float:
+        """Follow the gradient of ``loss`` and of all accumulated since the last update; return its norm.
+
+        Raises:
+            FloatingPointError: The loss is not finite.
+        """
+        self.accumulate(loss, update)
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._settings.clip)
         for optimiser, lr in self._optimisers:
             for group in optimiser.param_groups:

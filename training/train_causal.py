@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sfpp_core.attention import matmul
 from sfpp_core.config import RolloutSettings
@@ -58,7 +59,14 @@ class CausalSettings:
     """Shift of the noise levels seen in training."""
 
     chunks: int = 7
-    """Chunks of each clip that are trained, from its first; few train what has little past to copy."""
+    """Chunks of each clip that are trained, from its first."""
+
+    openings: int = 0
+    """In every other update, batches of ``opening`` chunks instead of one of ``chunks``; 0 is never. What opens
+    a clip has no past to copy, and is a small share of the whole clips' loss."""
+
+    opening: int = 2
+    """Chunks of an opening."""
 
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """Chunk, window and sink; steps and shift of the sample sheets."""
@@ -74,10 +82,9 @@ def main(settings: CausalSettings) -> None:
     autoencoder = TinyAutoencoder.load(Path(settings.autoencoder)).to(device)
     chunk = settings.rollout.chunk
 
-    def step(iteration: int) -> dict[str, float]:
-        clean, captions, generator = clips.batch(iteration, settings.batch)
-        clean = clean[:, :, : settings.chunks * chunk]
-        sigmas = [warp(level, settings.shift) for level in spread_sigmas(generator, settings.chunks)]
+    def loss_of(clean: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
+        chunks = clean.shape[2] // chunk
+        sigmas = [warp(level, settings.shift) for level in spread_sigmas(generator, chunks)]
         levels = torch.tensor(sigmas).repeat_interleave(chunk)[None, None, :, None, None]
         noise = torch.randn(clean.shape, generator=generator)
         noisy = add_noise(clean, noise, levels).to(device)
@@ -86,8 +93,22 @@ def main(settings: CausalSettings) -> None:
             bound = student.bind(model.words(captions))
             pairs = list(forced_estimates(bound, shape, clean.to(device), noisy, sigmas))
         velocity = torch.cat([velocity for velocity, _ in pairs], dim=2)
-        loss = velocity_loss(velocity, clean.to(device), noise.to(device))
-        return {"loss": loss.item(), "norm": trained.update(loss, iteration)}
+        return velocity_loss(velocity, clean.to(device), noise.to(device))
+
+    def step(iteration: int) -> dict[str, float]:
+        opens = settings.openings > 0 and iteration % 2 == 1
+        batches, chunks = (settings.openings, settings.opening) if opens else (1, settings.chunks)
+        clean, captions, generator = clips.batch(iteration, settings.batch * batches)
+        total, norm = 0.0, 0.0
+        for first in range(0, len(captions), settings.batch):
+            part = slice(first, first + settings.batch)
+            loss = loss_of(clean[part, :, : chunks * chunk], captions[part], generator) / batches
+            total += loss.item()
+            if part.stop < len(captions):
+                trained.accumulate(loss, iteration)
+            else:
+                norm = trained.update(loss, iteration)
+        return {"loss": total, "norm": norm, "opens": float(opens)}
 
     def sample(path: Path) -> None:
         roll_sheet(trained.averaged, autoencoder, settings.rollout, path, device=device)
