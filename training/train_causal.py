@@ -62,8 +62,9 @@ class CausalSettings:
     """Chunks of each clip that are trained, from its first."""
 
     openings: int = 0
-    """In every other update, batches of ``opening`` chunks instead of one of ``chunks``; 0 is never. What opens
-    a clip has no past to copy, and is a small share of the whole clips' loss."""
+    """In every other update, batches of ``opening`` chunks instead of one of ``chunks``; 0 is never.
+
+    What opens a clip has no past to copy, and is a small share of the whole clips' loss."""
 
     opening: int = 2
     """Chunks of an opening."""
