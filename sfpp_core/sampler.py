@@ -3,6 +3,7 @@
 Legend: B batch, C channels, T latent frames of a chunk, H and W latent height and width.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,6 @@ from .geometry import VideoGeometry
 from .kv_cache import CacheShape, RollingKVCache
 from .noise import ChunkNoise
 from .rollout import rollout
-from .schedule import FewStepSchedule
 from .student import CausalStudent
 
 
@@ -45,6 +45,10 @@ class LongSampler:
     device: torch.device | str = "cpu"
     """Where the student computes."""
 
+    restart: Callable[[Tensor], Tensor] | None = None
+    """With an overlap: makes the latents ``(B, C, overlap, H, W)`` a window begins with from all of the
+    window before, ``(B, C, window, H, W)``. ``None`` takes its last ones as they are."""
+
     def __post_init__(self) -> None:
         if self.geometry.chunk != self.settings.chunk:
             raise SettingsError(
@@ -68,24 +72,57 @@ class LongSampler:
             NumericsError: A chunk holds a number that is not finite. It is not yielded; but on CUDA, where
                 waiting for the answer would hold up the GPU, one such chunk at most is, and never the last.
         """
-        config = self.student.config
+        config, total = self.student.config, self.geometry.chunks
         bound = self.student.bind(embeddings.to(self.device))
         like = torch.empty(len(embeddings), config.channels, *self.geometry.chunk_shape, device=self.device)
         shape = CacheShape.of(config, self.geometry, self.settings)
         cache = RollingKVCache(shape, batch=len(embeddings), like=like.to(self.student.dtype))
-        for chunk, clean in enumerate(past):
-            cache.open(chunk)
-            bound.remember(clean.to(like), cache)
-            cache.close()
-        schedule = FewStepSchedule.uniform(self.settings.steps, shift=self.settings.shift)
-        noise = ChunkNoise(self.seed)
-        made = rollout(bound, noise, schedule, cache, chunks=self.geometry.chunks, like=like, start=len(past))
         check = _FiniteCheck(self.student.dtype, late=like.is_cuda)
-        for chunk, clean in enumerate(made, start=len(past)):
-            check.add(chunk, clean)
-            if chunk + 1 == self.geometry.chunks:
-                check.settle()  # here, not after the loop: a caller who counts never comes back
-            yield clean
+        overlap, done = self.settings.overlap, len(past)
+        held = deque(past, maxlen=2 * self.settings.window_chunks if overlap else None)
+        while done < total:
+            first, stop = self._window(done)
+            cache.reset()
+            for chunk, clean in enumerate(self._given(held, first, done)):
+                cache.open(chunk)
+                bound.remember(clean.to(like), cache)
+                cache.close()
+            noise = ChunkNoise(self.seed, first)
+            schedule = self.settings.schedule()
+            made = rollout(bound, noise, schedule, cache, chunks=stop - first, like=like, start=done - first)
+            for clean in made:
+                check.add(done, clean)
+                done += 1
+                if done == total:
+                    check.settle()  # here, not after the loop: a caller who counts never comes back
+                if overlap:
+                    held.append(clean)
+                yield clean
+
+    def _window(self, done: int) -> tuple[int, int]:
+        """Return the first chunk of the window that chunk ``done`` is made in, and the one after its last."""
+        settings, total = self.settings, self.geometry.chunks
+        if not settings.overlap:
+            return 0, total  # one window, which rolls
+        span = settings.window_chunks - settings.overlap_chunks
+        first = max(0, (done - settings.overlap_chunks) // span) * span
+        return first, min(first + settings.window_chunks, total)
+
+    def _given(self, held: Sequence[Tensor], first: int, done: int) -> list[Tensor]:
+        """Return the chunks ``first`` to ``done - 1`` as their window sees them.
+
+        Args:
+            held: Chunks up to ``done - 1``, as many as there may be use for.
+            first: First chunk of the window.
+            done: Chunks made.
+        """
+        given = [held[chunk - done] for chunk in range(first, done)]
+        if first and self.restart is not None:
+            overlap = self.settings.overlap_chunks
+            stop = first + overlap
+            before = [held[chunk - done] for chunk in range(stop - self.settings.window_chunks, stop)]
+            given[:overlap] = self.restart(torch.cat(before, dim=2)).split(self.settings.chunk, dim=2)
+        return given
 
 
 class _FiniteCheck:
