@@ -68,6 +68,9 @@ WAN_1_3B = StudentConfig(dim=1536, ffn_dim=8960, heads=12, layers=30)
 WAN_14B = StudentConfig(dim=5120, ffn_dim=13824, heads=40, layers=40)
 """Wan2.1-T2V-14B."""
 
+WAN_5B = StudentConfig(dim=3072, ffn_dim=14336, heads=24, layers=30, channels=48)
+"""Wan2.2-TI2V-5B: latents of Wan 2.2's own VAE."""
+
 DEMO = StudentConfig(dim=256, ffn_dim=1024, heads=2, layers=4, text_length=16)
 """The embedded demo student: Wan's architecture, small sizes."""
 
