@@ -1,7 +1,6 @@
 """LoRA files: every layout gives the same weights, which others compute too; what does not fit is named."""
 
 import json
-import logging
 import math
 
 import pytest
@@ -18,11 +17,10 @@ from sfpp_core.student import CausalStudent
 
 SHAPES = parameter_shapes(tiny.CONFIG)
 RANK, ALPHA = 4, 10.0
-MODULES = (
-    *(f"blocks.{layer}.{kind}.{leaf}" for layer in (0, 2) for kind in ("self_attn", "cross_attn") for leaf in "qkvo"),
-    *(f"blocks.{layer}.ffn.{leaf}" for layer in (0, 2) for leaf in (0, 2)),
-    *("text_embedding.0", "time_embedding.2", "time_projection.1", "head.head", "patch_embedding"),
-)  # fmt: skip
+IN_A_LAYER = (*(f"{kind}_attn.{leaf}" for kind in ("self", "cross") for leaf in "qkvo"), "ffn.0", "ffn.2")
+ALL_LAYERS = tuple(f"blocks.{layer}.{module}" for layer in range(tiny.CONFIG.layers) for module in IN_A_LAYER)
+AROUND = ("text_embedding.0", "time_embedding.2", "time_projection.1", "head.head", "patch_embedding")
+MODULES = (*(f"blocks.{layer}.{module}" for layer in (0, 2) for module in IN_A_LAYER), *AROUND)
 
 
 @pytest.fixture
@@ -30,11 +28,11 @@ def path(tmp_path):
     return tmp_path / "lora.safetensors"
 
 
-def factors(modules=MODULES, *, rank=RANK, seed=0):
+def factors(modules=MODULES, *, rank=RANK, seed=0, shapes=SHAPES):
     """Return random up and down factors by module; those of the convolution keep its shape."""
     generator, pairs = torch.Generator().manual_seed(seed), {}
     for module in modules:
-        rows, *rest = SHAPES[f"{module}.weight"]
+        rows, *rest = shapes[f"{module}.weight"]
         up = torch.randn(rows, rank, *[1] * (len(rest) - 1), generator=generator)
         pairs[module] = (up, torch.randn(rank, *rest, generator=generator))
     return pairs
@@ -116,12 +114,13 @@ def merged(adapters, weights):
 
 
 def check(adapters, *changes, rtol=1e-6, atol=1e-5):
-    """Compare the merged weights with the sum of ``(strength, differences)``, and all others with themselves."""
+    """Compare merged weights with the sum of ``(strength, differences)``, all others with themselves."""
     before = tiny.network().state_dict()
     after = merged(adapters, before)
     for name, weight in before.items():
-        expected = weight.double() + sum(strength * change[name] for strength, change in changes if name in change)
-        if any(name in change for _, change in changes):
+        added = [strength * change[name] for strength, change in changes if name in change]
+        expected = weight.double() + sum(added)
+        if added:
             torch.testing.assert_close(after[name].double(), expected, rtol=rtol, atol=atol)
             assert after[name].dtype == torch.float32
         else:
@@ -252,7 +251,10 @@ def test_the_option_of_the_command_line(text, file, strength):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a.safetensors:0,8", r"the strength in 'a\.safetensors:0,8' is '0,8'; .* e\.g\. a\.safetensors:0\.8"),
+        (
+            "a.safetensors:0,8",
+            r"the strength in 'a\.safetensors:0,8' is '0,8'; .* e\.g\. a\.safetensors:0\.8",
+        ),
         ("ab:c.safetensors", r"add a strength: ab:c\.safetensors:1"),
         ("a.safetensors:", "is ''; it must be a number"),
         ("a.safetensors:nan", "is nan; it must be a finite number"),
@@ -263,3 +265,119 @@ def test_the_option_of_the_command_line(text, file, strength):
 def test_an_impossible_option_is_explained(text, message):
     with pytest.raises(SettingsError, match=message):
         parse_lora_option(text)
+
+
+# --- what others compute ----------------------------------------------------------------------------------
+
+
+def save_with_peft(folder, **settings):
+    """Save a random LoRA of PEFT; return the weights that PEFT merges."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["q", "o", "ffn.0", "ffn.2", "head.head", "patch_embedding"]
+    model = get_peft_model(tiny.network(), LoraConfig(target_modules=targets, **settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(folder)
+    return model.merge_and_unload().state_dict()
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # PEFT takes the biases of its own factors for damage
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 4, "lora_alpha": 10},
+        {"r": 4, "lora_alpha": 10, "use_rslora": True},
+        {"r": 4, "lora_alpha": 10, "rank_pattern": {"ffn.0": 6, "^head.head": 2}, "alpha_pattern": {"o": 3}},
+        {"r": 4, "lora_alpha": 10, "lora_bias": True},
+    ],
+    ids=["plain", "rank-stabilised", "patterns", "biases"],
+)
+def test_a_folder_of_peft_gives_what_peft_merges(tmp_path, settings):
+    expected = save_with_peft(tmp_path, **settings)
+    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        adapter = read_adapter(path, tiny.CONFIG)
+        after = merged([adapter], tiny.network().state_dict())
+        assert len(adapter.changed) >= 20
+        for name, weight in expected.items():
+            torch.testing.assert_close(after[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_without_its_configuration_a_file_of_peft_is_taken_at_alpha_equal_to_rank(tmp_path, caplog):
+    expected = save_with_peft(tmp_path, r=4, lora_alpha=4)
+    (tmp_path / "adapter_config.json").unlink()
+    after = merged([read_adapter(tmp_path, tiny.CONFIG)], tiny.network().state_dict())
+    assert "lies beside no adapter_config.json, so its alpha is not known" in caplog.text
+    for name, weight in expected.items():
+        torch.testing.assert_close(after[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def transformer_of_diffusers():
+    """Return the tiny student as diffusers has it."""
+    from diffusers import WanTransformer3DModel
+
+    transformer = WanTransformer3DModel(
+        num_attention_heads=tiny.CONFIG.heads,
+        attention_head_dim=tiny.CONFIG.head_dim,
+        text_dim=tiny.CONFIG.text_dim,
+        ffn_dim=tiny.CONFIG.ffn_dim,
+        num_layers=tiny.CONFIG.layers,
+        cross_attn_norm=True,
+    )
+    transformer.load_state_dict(
+        {of_diffusers(name): weight for name, weight in tiny.network().state_dict().items()}
+    )
+    return transformer
+
+
+@pytest.mark.parametrize("layout", ["comfyui", "comfyui, kohya's factors", "kohya", "diffusers", "metadata"])
+def test_diffusers_fuses_the_same_weights(path, layout):
+    from diffusers import WanPipeline
+
+    pairs, metadata = factors(ALL_LAYERS), {}
+    tensors = LAYOUTS["diffusers" if layout == "metadata" else layout](pairs)
+    if layout == "metadata":  # an alpha that the factors do not have in them
+        settings = {"r": RANK, "lora_alpha": 2.5, "target_modules": [of_diffusers(m) for m in ALL_LAYERS]}
+        table = {f"transformer.{key}": value for key, value in settings.items()}
+        metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(table)}
+    save(path, tensors, metadata)
+    state, table = WanPipeline.lora_state_dict(
+        str(path.parent), weight_name=path.name, return_lora_metadata=True
+    )
+    transformer = transformer_of_diffusers()
+    transformer.load_lora_adapter(state, prefix="transformer", metadata=table)
+    transformer.fuse_lora()
+    transformer.unload_lora()
+    expected = transformer.state_dict()
+    after = merged([read_adapter(path, tiny.CONFIG)], tiny.network().state_dict())
+    for name, weight in after.items():
+        torch.testing.assert_close(weight, expected[of_diffusers(name)], rtol=1e-5, atol=1e-5)
+    assert (
+        after["blocks.1.ffn.2.weight"] - tiny.network().state_dict()["blocks.1.ffn.2.weight"]
+    ).abs().max() > 1
+
+
+def test_a_merged_student_computes_what_the_low_rank_path_beside_it_does(path):
+    pairs, strength = factors(ALL_LAYERS), 0.05
+    save(path, LAYOUTS["kohya"](pairs))
+    clip, sigma, text = tiny.latents(2), torch.tensor([[0.7]]), tiny.text()
+    network = tiny.network()
+    before = CausalStudent(network, tiny.CONFIG).bind(text).whole(clip, sigma)
+
+    def beside(up, down):
+        return lambda module, inputs, output: output + strength * ALPHA / RANK * (inputs[0] @ down.T) @ up.T
+
+    handles = [network.get_submodule(m).register_forward_hook(beside(*pair)) for m, pair in pairs.items()]
+    expected = CausalStudent(network, tiny.CONFIG).bind(text).whole(clip, sigma)
+    for handle in handles:
+        handle.remove()
+    adapter = read_adapter(path, tiny.CONFIG, strength=strength)
+    for module in pairs:
+        linear = network.get_submodule(module)
+        assert isinstance(linear, nn.Linear)
+        linear.weight.copy_(adapter.merged(f"{module}.weight", linear.weight))
+    after = CausalStudent(network, tiny.CONFIG).bind(text).whole(clip, sigma)
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-5)
+    assert (after - before).abs().max() > 0.1
