@@ -2,6 +2,7 @@
 
 ``W += strength * alpha / rank * up @ down``, or plus a whole difference where the file holds one. Every
 tensor of the file must be understood and fit a parameter: whatever does not is an error, never left out.
+Differences of modulations are added too, which core ComfyUI (0.8 to 0.27) reads but does not apply.
 
 Quoted parameter names such as ``blocks.0.ffn.0.weight`` are Wan's own.
 """

@@ -34,6 +34,7 @@ DIFFERENCES = {
 
 
 def lora(layout, *, seed=0, dtype=torch.float32):
+    """Return random factors for every matrix of the student, in a layout of the other tests."""
     pairs = factors(MODULES, seed=seed, shapes=SHAPES)
     return {name: tensor.to(dtype) for name, tensor in LAYOUTS[layout](pairs).items()}
 
