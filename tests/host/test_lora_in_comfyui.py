@@ -67,6 +67,11 @@ FILES = {
     "flat convolution": lambda: written(flat_convolution(), lambda m: f"diffusion_model.{m}", **KOHYA),
 }
 JOBS = {name: [(name, 0.7)] for name in FILES}
+FILES["modulations"] = lambda: {
+    f"diffusion_model.{name}.diff": torch.ones(shape)
+    for name, shape in SHAPES.items()
+    if "modulation" in name
+}
 JOBS |= {"none": [], "three": [("comfyui", 0.5), ("kohya", -1.25), ("differences", 2.0)]}
 
 
@@ -84,7 +89,7 @@ def merged_by_core(tmp_path_factory):
         str(folder / f"merged {job}"): [
             (str(folder / f"{name}.safetensors"), strength) for name, strength in loras
         ]
-        for job, loras in JOBS.items()
+        for job, loras in (JOBS | {"modulations": [("modulations", 1.0)]}).items()
     }
     script = Path(__file__).parent / "merge_lora.py"
     command = [python, str(script), str(folder / "wan.safetensors"), json.dumps(jobs)]
@@ -109,3 +114,13 @@ def test_the_weights_are_those_of_core(merged_by_core, job):
         error = (weights[name] - expected[name]).norm() / expected[name].norm()
         assert error < 1e-5, name
         assert torch.equal(expected[name], before) == (name not in changed), name
+
+
+def test_core_does_not_apply_what_a_lora_says_of_modulations(merged_by_core):
+    expected = load_file(merged_by_core / "merged modulations")
+    before = tiny.network(CONFIG).state_dict()
+    assert all(torch.equal(expected[name], weight) for name, weight in before.items())
+    adapter = read_adapter(merged_by_core / "modulations.safetensors", CONFIG)
+    assert torch.equal(
+        adapter.merged("head.modulation", before["head.modulation"]), before["head.modulation"] + 1
+    )
