@@ -1,4 +1,4 @@
-"""Keys kept in host memory are those kept plainly, bit for bit; rounded ones are near, by a measured amount."""
+"""Keys kept in host memory are those kept plainly, bit for bit; rounded ones are near them."""
 
 import dataclasses
 import itertools
@@ -64,8 +64,11 @@ def made(kind, layout, *, dtype=torch.float32, student=None, batch=1, chunks=Non
     return torch.cat(list(out), dim=2)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [*((layout, torch.float32) for layout in LAYOUTS), (LAYOUTS[-1], torch.bfloat16)],
+    ids=str,
+)
 def test_keys_in_host_memory_make_the_same_video_bit_for_bit(layout, dtype):
     student = tiny.CausalStudent(tiny.network(dtype=dtype), tiny.CONFIG)
     plain, host = (made(kind, shape(**layout), dtype=dtype, student=student) for kind in ("plain", "host"))
@@ -77,7 +80,7 @@ def test_keys_in_host_memory_are_the_same_for_several_videos_at_once():
     assert torch.equal(plain, host)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", [LAYOUTS[0], *LAYOUTS[-2:]], ids=str)
 def test_rounded_keys_make_nearly_the_same_video(layout):
     plain, rounded, on_host = (made(kind, shape(**layout)) for kind in ("plain", "fp8", "fp8-host"))
     assert torch.equal(rounded, on_host)
@@ -210,6 +213,23 @@ def test_layers_may_be_written_in_any_order_and_again(kind):
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=0 if exact else 0.2)
         cache.close()
         oracle.close()
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("host", 1e-4), ("fp8", 0.3)])
+def test_positions_shifted_by_a_hundred_thousand_change_nothing(kind, tolerance):
+    bound, clip = tiny.student().bind(tiny.text()), tiny.latents(7)
+
+    def outputs(start):
+        cache = RollingKVCache(shape(), batch=1, like=clip, storage=kind)
+        for chunk, noisy in enumerate(clip.split(3, dim=2)):
+            cache.open(chunk)
+            cache.opened.first += start
+            yield bound(noisy, 0.7, cache)
+            bound.remember(noisy, cache)
+            cache.close()
+
+    for far, near in zip(outputs(100_000), outputs(0), strict=True):
+        torch.testing.assert_close(far, near, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("kind", KINDS)
