@@ -107,7 +107,7 @@ def check_activations(config, settings, size, attend, storage):
     """Measure a run whose window wraps, and compare it with its forecast."""
     student = CausalStudent(tiny.network(config), config, attend=attend)
     sampler = LongSampler(
-        student=student, geometry=geometry(*size, frames=70), settings=settings, storage=storage
+        student=student, geometry=geometry(*size, frames=46), settings=settings, storage=storage
     )
     expected = forecast(
         config,
@@ -122,7 +122,6 @@ def check_activations(config, settings, size, attend, storage):
         for _ in chunks:
             pass
     held = measured.peak - expected.cache - expected.cache_on_host - expected.text
-    print(held / expected.activations)
     assert 0.5 * expected.activations < held < 1.0 * expected.activations
 
 
@@ -149,16 +148,11 @@ def test_small_cards_hold_less_and_what_they_do_not_hold_is_in_main_memory():
     plain, rounded, host, both = (need(storage) for storage in ("plain", "fp8", "host", "fp8-host"))
     assert in_words(plain.device - rounded.device) == "2.77 GB"
     assert in_words(plain.device - host.device) == "5.64 GB"
-    assert [in_words(each.host) for each in (plain, rounded, host, both)] == [
-        "0 B",
-        "0 B",
-        "6.04 GB",
-        "3.07 GB",
-    ]
-    assert str(host).startswith(
-        "3.97 GB on the device and 6.04 GB of main memory (weights 2.84 GB, cache 403 MB"
-    )
-    assert str(plain).startswith("9.6 GB (weights")
+    on_host = [in_words(each.host) for each in (plain, rounded, host, both)]
+    assert on_host == ["0 B", "0 B", "6.04 GB", "3.07 GB"]
+    words = "4.01 GB on the device and 6.04 GB of main memory (weights 2.84 GB, cache 403 MB, "
+    assert str(host).startswith(words)
+    assert str(plain).startswith("9.64 GB (weights")
 
 
 def test_a_text_encoder_counts_where_it_is_the_largest():

@@ -7,11 +7,16 @@ from typing import get_args
 import pytest
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sfpp_core import demo, kv_staging
 from sfpp_core.cache_shape import CacheShape, StorageKind
+from sfpp_core.checkpoint import load_student, load_words
+from sfpp_core.config import RolloutSettings
 from sfpp_core.errors import SettingsError
+from sfpp_core.geometry import VideoGeometry
 from sfpp_core.kv_cache import GradientKVCache, RollingKVCache
-from sfpp_core.kv_staging import EightBitPacking, HostShelf
+from sfpp_core.kv_staging import EightBitPacking, HostShelf, NoStream
 from sfpp_core.noise import ChunkNoise
 from sfpp_core.rollout import rollout
 from sfpp_core.schedule import FewStepSchedule
@@ -139,6 +144,78 @@ def test_the_open_chunk_sees_its_own_keys_unrounded():
     assert torch.equal(seen_v[:, :, 18:], v[1])
     assert not torch.equal(seen_k[:, :, :18], k[0])
     torch.testing.assert_close(seen_k[:, :, :18], k[0], rtol=0.07, atol=0.02)
+
+
+@torch.inference_mode()
+def test_real_keys_are_rounded_as_little_and_the_open_ones_are_worth_sparing(monkeypatch):
+    network, config, _ = load_student(demo.file(demo.STUDENT), dtype=torch.float32)
+    words, _ = load_words(demo.file(demo.WORDS))
+    bound = tiny.CausalStudent(network, config).bind(words(["a red circle moves right slowly"]))
+    geometry = VideoGeometry(height=64, width=64, frames=33)
+    layout = CacheShape.of(config, geometry, RolloutSettings())
+    like = torch.zeros(1, config.channels, *geometry.chunk_shape)
+
+    def video(kind):
+        cache = RollingKVCache(layout, batch=1, like=like, storage=kind)
+        options = {"chunks": geometry.chunks, "like": like, "keep_last": True}
+        out = list(rollout(bound, ChunkNoise(0), FewStepSchedule.uniform(4), cache, **options))
+        return torch.cat(out, dim=2), cache.chunk_keys(geometry.chunks - 1)
+
+    (plain, keys), (spared, _) = video("plain"), video("fp8")
+    for part in keys:  # (layers, B, N, L, D)
+        assert 0.02 < rounding(torch.stack([part[0], part[-1]]).permute(3, 0, 1, 2, 4)) < 0.027
+    monkeypatch.setattr(EightBitPacking, "pack", rounds_at_once(EightBitPacking.pack))
+    rounded, _ = video("fp8")
+    assert 0 < 2 * (spared - plain).norm() < (rounded - plain).norm()
+    assert (spared - plain).norm() < 0.06 * plain.norm()
+
+
+def rounds_at_once(pack):
+    """Return a ``pack`` after which the tokens themselves are rounded."""
+
+    def packed(self, tokens, parts):
+        pack(self, tokens, parts)
+        self.unpack(parts, tokens)
+
+    return packed
+
+
+class LateStream(NoStream):
+    """A side stream that works as late as it may: only when something waits for its mark."""
+
+    class Waiting(TorchDispatchMode):
+        def __init__(self, copies):
+            super().__init__()
+            self.copies = copies
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.copy_.default:
+                self.copies.append(args[:2])
+                return args[0]
+            return func(*args, **(kwargs or {}))
+
+    def __init__(self):
+        self.copies, self.marked = [], 0
+
+    def working(self):
+        return self.Waiting(self.copies)
+
+    def arrive(self):
+        self.marked = len(self.copies)
+
+    def wait(self):
+        for to, what in self.copies[: self.marked]:
+            to.copy_(what)
+        del self.copies[: self.marked]
+        self.marked = 0
+
+
+@pytest.mark.parametrize("kind", ["host", "fp8-host"])
+@pytest.mark.parametrize("layout", LAYOUTS[-3:], ids=str)
+def test_copies_may_be_made_as_late_as_their_marks_allow(monkeypatch, kind, layout):
+    at_once = made(kind, shape(**layout))
+    monkeypatch.setattr(kv_staging, "NoStream", LateStream)
+    assert torch.equal(made(kind, shape(**layout)), at_once)
 
 
 @pytest.mark.parametrize("kind", KINDS)
