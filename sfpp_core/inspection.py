@@ -171,7 +171,7 @@ def _read(kind: type[T], table: Any, where: str) -> T:
     hints = get_type_hints(kind)
     for entry in fields(kind):
         value, hint = table.get(entry.name), hints[entry.name]
-        right = {int: (int,), float: (int, float)}.get(hint, (str,))
+        right = {int: (int,), float: (int, float), tuple[float, ...]: (list,)}.get(hint, (str,))
         if entry.name in table and type(value) not in right:
             raise CheckpointError(f"{where}: {entry.name} is {value!r:.40}; save the file again.")
     try:

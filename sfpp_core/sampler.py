@@ -3,8 +3,9 @@
 Legend: B batch, C channels, T latent frames of a chunk, H and W latent height and width.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,8 +16,7 @@ from .errors import NumericsError, SettingsError
 from .geometry import VideoGeometry
 from .kv_cache import RollingKVCache
 from .noise import ChunkNoise
-from .rollout import rollout
-from .schedule import FewStepSchedule
+from .rollout import Student, rollout
 from .start import check_start, given_chunks
 from .student import CausalStudent
 
@@ -50,6 +50,10 @@ class LongSampler:
     storage: StorageKind = "plain"
     """How keys and values are kept."""
 
+    restart: Callable[[Tensor], Tensor] | None = None
+    """With an overlap: makes the latents ``(B, C, overlap, H, W)`` a window begins with from all of the
+    window before, ``(B, C, window, H, W)``. ``None`` takes its last ones as they are."""
+
     def __post_init__(self) -> None:
         if self.geometry.chunk != self.settings.chunk:
             raise SettingsError(
@@ -61,7 +65,7 @@ class LongSampler:
     def chunks(
         self, embeddings: Tensor, *, start: Tensor | None = None, past: Sequence[Tensor] = ()
     ) -> Iterator[Tensor]:
-        """Yield the clean chunks of the video after ``past``, oldest first, the given ones among them.
+        """Yield the clean chunks of the video after ``past``, oldest first, those of ``start`` among them.
 
         Args:
             embeddings: Text embeddings, ``(B, tokens, text_dim)``.
@@ -80,27 +84,81 @@ class LongSampler:
             NumericsError: A chunk holds a number that is not finite. It is not yielded; but on CUDA, where
                 waiting for the answer would hold up the GPU, one such chunk at most is, and never the last.
         """
-        config = self.student.config
+        config, total, lead = self.student.config, self.geometry.chunks, self.geometry.lead
         check_start(start, self.geometry, batch=len(embeddings), channels=config.channels)
         given = given_chunks(start, past, self.geometry)
         bound = self.student.bind(embeddings.to(self.device))
         like = torch.empty(len(embeddings), config.channels, *self.geometry.chunk_shape, device=self.device)
-        shape = CacheShape.of(config, self.geometry, self.settings)
-        cache = RollingKVCache(
-            shape, batch=len(embeddings), like=like.to(self.student.dtype), storage=self.storage
-        )
-        schedule = FewStepSchedule.uniform(self.settings.steps, shift=self.settings.shift)
-        noise = ChunkNoise(self.seed)
-        chunks, lead = self.geometry.chunks, self.geometry.lead
-        made = rollout(bound, noise, schedule, cache, chunks=chunks, like=like, start=-lead, given=given)
+        opening, given = [clean.to(like) for clean in given[:lead]], given[lead:]
+        for chunk, clean in enumerate(given[len(past) :], start=len(past)):
+            yield _with_lead(opening, chunk, clean.to(like))
         check = _FiniteCheck(self.student.dtype, late=like.is_cuda)
-        for chunk, clean in enumerate(made, start=-lead):
-            if chunk + lead >= len(given):
-                check.add(chunk, clean)
-            if chunk + 1 == chunks:
-                check.settle()  # here, not after the loop: a caller who counts never comes back
-            if chunk >= len(past):
-                yield torch.cat((given[0].to(like), clean), dim=2) if lead and chunk == 0 else clean
+        overlap, done, cache = self.settings.overlap, len(given), None
+        held = deque(given, maxlen=2 * self.settings.window_chunks if overlap else None)
+        while done < total:
+            first, stop = self._window(done)
+            if first:
+                opening = []  # the lead belongs to the first window
+            if cache is None or cache.shape.lead != len(opening):
+                cache = None  # its memory is free before another is taken
+                cache = self._cache(like, lead=len(opening))
+            cache.reset()
+            _remember([*opening, *self._given(held, first, done)], bound, cache, like=like)
+            noise = ChunkNoise(self.seed, first)
+            schedule = self.settings.schedule()
+            made = rollout(bound, noise, schedule, cache, chunks=stop - first, like=like, start=done - first)
+            for clean in made:
+                check.add(done, clean)
+                done += 1
+                if done == total:
+                    check.settle()  # here, not after the loop: a caller who counts never comes back
+                if overlap:
+                    held.append(clean)
+                yield _with_lead(opening, done - 1, clean)
+
+    def _cache(self, like: Tensor, *, lead: int) -> RollingKVCache:
+        """Return an empty memory for windows with so many latent frames before their chunk 0."""
+        shape = replace(CacheShape.of(self.student.config, self.geometry, self.settings), lead=lead)
+        like = like.to(self.student.dtype)
+        return RollingKVCache(shape, batch=len(like), like=like, storage=self.storage)
+
+    def _window(self, done: int) -> tuple[int, int]:
+        """Return the first chunk of the window that chunk ``done`` is made in, and the one after its last."""
+        settings, total = self.settings, self.geometry.chunks
+        if not settings.overlap:
+            return 0, total  # one window, which rolls
+        span = settings.window_chunks - settings.overlap_chunks
+        first = max(0, (done - settings.overlap_chunks) // span) * span
+        return first, min(first + settings.window_chunks, total)
+
+    def _given(self, held: Sequence[Tensor], first: int, done: int) -> list[Tensor]:
+        """Return the chunks ``first`` to ``done - 1`` as their window sees them.
+
+        Args:
+            held: Chunks up to ``done - 1``, as many as there may be use for.
+            first: First chunk of the window.
+            done: Chunks made.
+        """
+        given = [held[chunk - done] for chunk in range(first, done)]
+        if first and self.restart is not None:
+            overlap = self.settings.overlap_chunks
+            stop = first + overlap
+            before = [held[chunk - done] for chunk in range(stop - self.settings.window_chunks, stop)]
+            given[:overlap] = self.restart(torch.cat(before, dim=2)).split(self.settings.chunk, dim=2)
+        return given
+
+
+def _remember(given: Sequence[Tensor], student: Student, cache: RollingKVCache, *, like: Tensor) -> None:
+    """Run the clean passes of the chunks that come next in ``cache``, the lead first if there is one."""
+    for chunk, clean in enumerate(given, start=cache.next):
+        cache.open(chunk)
+        student.remember(clean.to(like), cache)
+        cache.close()
+
+
+def _with_lead(opening: Sequence[Tensor], chunk: int, clean: Tensor) -> Tensor:
+    """Return what is yielded for ``chunk``: the lead, if there is one, comes with chunk 0."""
+    return torch.cat((*opening, clean), dim=2) if opening and chunk == 0 else clean
 
 
 class _FiniteCheck:

@@ -49,24 +49,24 @@ def shape(**changes):
 
 
 @torch.inference_mode()
-def made(kind, layout, *, dtype=torch.float32, student=None, batch=1, chunks=None):
+def made(kind, layout, *, dtype=torch.float32, student=None, batch=1):
     """Return a rollout that wraps three times, its cache kept as ``kind``."""
     bound = (student or tiny.student()).bind(tiny.text(batch=batch))
     like = LIKE.expand(batch, -1, -1, -1, -1)
-    cache = RollingKVCache(layout, batch=batch, like=like.to(dtype), storage=kind)
-    chunks = chunks or 3 * layout.window + 2
-    given = [tiny.latents(1, chunk=1, batch=batch)] * layout.lead
-    out = rollout(
-        bound,
-        ChunkNoise(1),
-        FewStepSchedule.uniform(2),
-        cache,
-        chunks=chunks,
-        like=like,
-        start=cache.next,
-        given=given,
-    )
+    cache = started(bound, layout, kind, like.to(dtype))
+    chunks = 3 * layout.window + 2
+    out = rollout(bound, ChunkNoise(1), FewStepSchedule.uniform(2), cache, chunks=chunks, like=like)
     return torch.cat(list(out), dim=2)
+
+
+def started(bound, layout, kind, like):
+    """Return a cache that remembers the lead, if there is one."""
+    cache = RollingKVCache(layout, batch=len(like), like=like, storage=kind)
+    if layout.lead:
+        cache.open(-1)
+        bound.remember(tiny.latents(1, chunk=1, batch=len(like)).to(like.device), cache)
+        cache.close()
+    return cache
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_keys_in_host_memory_are_the_same_for_several_videos_at_once():
     assert torch.equal(plain, host)
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[0], *LAYOUTS[-2:]], ids=str)
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[-1]], ids=str)
 def test_rounded_keys_make_nearly_the_same_video(layout):
     plain, rounded, on_host = (made(kind, shape(**layout)) for kind in ("plain", "fp8", "fp8-host"))
     assert torch.equal(rounded, on_host)
@@ -211,7 +211,7 @@ class LateStream(NoStream):
 
 
 @pytest.mark.parametrize("kind", ["host", "fp8-host"])
-@pytest.mark.parametrize("layout", LAYOUTS[-3:], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS[-1:], ids=str)
 def test_copies_may_be_made_as_late_as_their_marks_allow(monkeypatch, kind, layout):
     at_once = made(kind, shape(**layout))
     monkeypatch.setattr(kv_staging, "NoStream", LateStream)
@@ -341,10 +341,8 @@ def test_a_gpu_makes_the_same_from_host_memory(layout):
     like, layout = LIKE.cuda(), shape(**layout)
 
     def chunks(kind):
-        cache = RollingKVCache(layout, batch=1, like=like, storage=kind)
-        options = {"chunks": 20, "like": like, "start": cache.next}
-        given = [tiny.latents(1, chunk=1)] * layout.lead
-        return rollout(bound, ChunkNoise(1), FewStepSchedule.uniform(2), cache, given=given, **options)
+        cache = started(bound, layout, kind, like)
+        return rollout(bound, ChunkNoise(1), FewStepSchedule.uniform(2), cache, chunks=20, like=like)
 
     with torch.inference_mode():
         plain, host = list(chunks("plain")), list(chunks("host"))

@@ -135,7 +135,7 @@ def test_a_video_starts_with_its_image(sink, positions, storage):
     other = next(run.chunks(TEXT, start=IMAGE + 1))
     assert not torch.equal(other[:, :, 1:], whole[0][:, :, 1:])
     # Stopped and taken up again, or given longer starts: the same video.
-    for done in (1, 2, 6):
+    for done in (1, 5):
         rest = list(run.chunks(TEXT, start=IMAGE, past=whole[:done]))
         assert all(torch.equal(a, b) for a, b in zip(rest, whole[done:], strict=True))
         longer = list(run.chunks(TEXT, start=torch.cat(whole[:done], dim=2)))
@@ -165,11 +165,12 @@ def test_given_chunks_cost_one_pass_each():
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
     chunks = sampler(lead=1, student=tiny.student(attend=attend)).chunks(TEXT, start=tiny.latents(7, chunk=1))
-    layers = tiny.CONFIG.layers
-    next(chunks)  # the image has been remembered; the first chunk is given, and shown first
-    assert calls == [TOKENS] * (layers - 1)
+    layers, sizes = tiny.CONFIG.layers, [TOKENS, 4 * TOKENS, 7 * TOKENS]
+    assert [next(chunks).shape[2], next(chunks).shape[2]] == [4, 3]
+    assert not calls  # given chunks are shown before anything is computed
     next(chunks)
-    assert calls[layers - 1 :] == [4 * TOKENS] * (layers - 1)
+    passes = [size for size in sizes for _ in range(layers - 1)]
+    assert calls == [*passes, *[9 * TOKENS] * (4 * layers)]
 
 
 def test_attention_sees_no_more_than_the_window_and_the_image_leaves_it():
@@ -225,3 +226,17 @@ def test_a_start_may_be_of_any_dtype_and_is_not_changed():
     first = next(sampler().chunks(TEXT, start=start))
     assert first.dtype == torch.float32
     assert torch.equal(start, kept)
+
+
+@pytest.mark.parametrize("lead", [0, 1])
+@pytest.mark.parametrize("storage", ["plain", "host"])
+def test_windows_that_start_anew_go_on_from_a_start(lead, storage):
+    """The image is part of the first window alone; clips of a run go on as the run did."""
+    run = sampler(lead=lead, overlap=3, storage=storage)
+    whole = list(run.chunks(TEXT, start=IMAGE if lead else None))
+    assert len(whole) == run.geometry.chunks
+    for done in (1, 4):
+        again = list(run.chunks(TEXT, start=torch.cat(whole[:done], dim=2)))
+        assert all(torch.equal(a, b) for a, b in zip(again, whole, strict=True))
+        rest = list(run.chunks(TEXT, start=IMAGE if lead else None, past=whole[:done]))
+        assert all(torch.equal(a, b) for a, b in zip(rest, whole[done:], strict=True))
