@@ -1,6 +1,7 @@
 """Sizes of one video in its four units: frames, latent frames, chunks, tokens.
 
-The only module that knows the compression factors of the Wan 2.1 autoencoder.
+The only module that knows the compression factors of the Wan 2.1 autoencoder. Wan 2.2 of 5B differs in two of
+them, its stride and its frames per second.
 """
 
 import math
@@ -12,7 +13,7 @@ TEMPORAL_STRIDE = 4
 """Frames per latent frame, except the first latent frame, which holds one frame."""
 
 SPATIAL_STRIDE = 8
-"""Pixels per latent cell, along height and along width."""
+"""Pixels per latent cell of Wan 2.1, along height and along width; Wan 2.2 of 5B has 16."""
 
 PATCH = 2
 """Latent cells per token, along height and along width. One latent frame per token in time."""
@@ -24,8 +25,8 @@ LONGEST_SECONDS = 7 * 24 * 3600
 """Longest video accepted, one week: a larger number is a slip of the finger."""
 
 
-def frames_in(seconds: float) -> int:
-    """Return the frames of a video of ``seconds`` at 16 frames per second, rounded, at least 1.
+def frames_in(seconds: float, *, fps: int = FPS) -> int:
+    """Return the frames of a video of ``seconds`` at ``fps``, rounded, at least 1.
 
     Raises:
         GeometryError: ``seconds`` is not a number above 0, or longer than a week.
@@ -36,7 +37,7 @@ def frames_in(seconds: float) -> int:
         raise GeometryError(
             f"seconds is {seconds:g}; the longest video is a week, {LONGEST_SECONDS} seconds."
         )
-    return max(1, round(seconds * FPS))
+    return max(1, round(seconds * fps))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +45,10 @@ class VideoGeometry:
     """Size of the video to generate and of the chunks it is generated in."""
 
     height: int
-    """Pixels. A multiple of 16."""
+    """Pixels. A multiple of 16, twice the stride."""
 
     width: int
-    """Pixels. A multiple of 16."""
+    """Pixels. A multiple of 16, twice the stride."""
 
     frames: int
     """Frames the user asked for. The rollout may produce more; the surplus is trimmed."""
@@ -58,8 +59,14 @@ class VideoGeometry:
     lead: int = 0
     """Latent frames before chunk 0: 1 for a video that starts from an image, else 0. See ``lead_of``."""
 
+    stride: int = SPATIAL_STRIDE
+    """Pixels per latent cell, along height and along width."""
+
+    fps: int = FPS
+    """Frames per second."""
+
     def __post_init__(self) -> None:
-        step = SPATIAL_STRIDE * PATCH
+        step = self.stride * PATCH
         for name in ("height", "width"):
             size = getattr(self, name)
             if size <= 0 or size % step:
@@ -85,13 +92,13 @@ class VideoGeometry:
 
     @property
     def seconds(self) -> float:
-        """Length of the video at 16 frames per second."""
-        return self.frames / FPS
+        """Length of the video."""
+        return self.frames / self.fps
 
     @property
     def tokens_per_latent_frame(self) -> int:
         """Transformer tokens in one latent frame. 1560 at 832x480."""
-        return (self.height // SPATIAL_STRIDE // PATCH) * (self.width // SPATIAL_STRIDE // PATCH)
+        return (self.height // self.stride // PATCH) * (self.width // self.stride // PATCH)
 
     @property
     def tokens_per_chunk(self) -> int:
@@ -101,7 +108,7 @@ class VideoGeometry:
     @property
     def chunk_shape(self) -> tuple[int, int, int]:
         """``(T, H, W)`` of one chunk in latent space."""
-        return self.chunk, self.height // SPATIAL_STRIDE, self.width // SPATIAL_STRIDE
+        return self.chunk, self.height // self.stride, self.width // self.stride
 
     @staticmethod
     def frames_of(latent_frames: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import GeometryError, NumericsError, SettingsError
-from .geometry import FPS, VideoGeometry, lead_of
+from .geometry import VideoGeometry, lead_of
 
 
 def check_start(start: Tensor | None, geometry: VideoGeometry, *, batch: int, channels: int) -> None:
@@ -44,8 +44,8 @@ def check_start(start: Tensor | None, geometry: VideoGeometry, *, batch: int, ch
     if latent_frames >= geometry.latent_frames:
         longest = VideoGeometry.frames_of(latent_frames)
         raise GeometryError(
-            f"the start is {longest / FPS:g} s long and the whole video {geometry.seconds:g} s, the start "
-            "included; ask for a longer video."
+            f"the start is {longest / geometry.fps:g} s long and the whole video {geometry.seconds:g} s, "
+            "the start included; ask for a longer video."
         )
     if not torch.isfinite(start).all():
         raise NumericsError("the start holds numbers that are not finite; encode it again, in float32.")

@@ -99,3 +99,12 @@ def test_impossible_lengths_are_refused(seconds, message):
 def test_impossible_sizes_are_refused(change, message):
     with pytest.raises(GeometryError, match=message):
         video(**change)
+
+
+def test_another_family_has_another_stride_and_pace():
+    geometry = VideoGeometry(height=704, width=1280, frames=frames_in(5, fps=24), stride=16, fps=24)
+    assert (geometry.frames, geometry.seconds) == (120, 5)
+    assert geometry.chunk_shape == (3, 44, 80)
+    assert geometry.tokens_per_latent_frame == 880
+    with pytest.raises(GeometryError, match="height is 720; it must be a multiple of 32, e.g. 704"):
+        VideoGeometry(height=720, width=1280, frames=1, stride=16)
