@@ -1,26 +1,13 @@
-"""References named by environment variables, and a table of what was measured against them."""
+"""A table of what was measured against the references."""
 
-import os
 import sys
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).parent))
 
 MEASURED = pytest.StashKey[list]()
-
-
-def reference(variable, python_variable):
-    """Return the reference a variable names; skip the test if it names none."""
-    from harness import Reference
-
-    folder = os.environ.get(variable)
-    if not folder:
-        pytest.skip(f"{variable} names no checkout of the reference; see tests/parity/README.md")
-    python = os.environ.get(python_variable) or sys.executable
-    return Reference(Path(folder).resolve(), python)
 
 
 @pytest.fixture

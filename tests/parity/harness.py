@@ -1,16 +1,21 @@
 """One student of random weights, the questions both sides are asked, and how far their answers lie apart."""
 
+import os
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import exchange
+import pytest
 import tiny
 import torch
 
-from sfpp_core.config import StudentConfig, to_table
+from sfpp_core.config import RolloutSettings, StudentConfig, to_table
+from sfpp_core.geometry import SPATIAL_STRIDE, VideoGeometry
 from sfpp_core.kv_cache import CacheShape, RollingKVCache
 from sfpp_core.noise import ChunkNoise
+from sfpp_core.sampler import LongSampler
 from sfpp_core.schedule import FewStepSchedule
 from sfpp_core.student import CausalStudent
 
@@ -62,9 +67,24 @@ def error(ours, theirs):
     return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
 
 
+def whole(inputs, *, mask=None):
+    """Return our velocity of a clip in one forward."""
+    with torch.inference_mode():
+        bound = CausalStudent(network(), CONFIG).bind(inputs["text"])
+        return bound.whole(inputs["clip"], inputs["sigma"], mask=mask)
+
+
+def bidirectional_inputs():
+    """Return two clips at two noise levels."""
+    return {"clip": clip(9, batch=2), "text": text(2), "sigma": torch.tensor([[0.9375], [0.31]])}
+
+
 def worst(ours, theirs):
     """Return the largest ``error`` of any entry along the first axis."""
     return max(error(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+RUN_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -74,12 +94,20 @@ class Reference:
     folder: Path
     python: str
 
+    @classmethod
+    def named(cls, variable, python_variable="SFPP_REFERENCE_PYTHON"):
+        """Return the reference a variable of the environment names; skip the test if it names none."""
+        folder = os.environ.get(variable)
+        if not folder:
+            pytest.skip(f"{variable} names no checkout of the reference; see tests/parity/README.md")
+        return cls(Path(folder).resolve(), os.environ.get(python_variable) or sys.executable)
+
     def run(self, script, scratch, inputs, **settings):
         """Ask one question in a process of its own; return the tensors of the answer."""
         settings = {"config": to_table(CONFIG), "tokens": TOKENS, **settings}
         exchange.ask(scratch, settings, network().state_dict(), inputs)
         command = [self.python, str(HERE / script), str(self.folder), str(scratch)]
-        result = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
+        result = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=RUN_SECONDS)
         assert result.returncode == 0, result.stderr[-4000:]
         return exchange.read_answer(scratch)
 
@@ -100,7 +128,9 @@ class Rollout:
             object.__setattr__(self, "chunks", (4 * self.window - 3 * self.sink) // self.chunk)
 
     def __str__(self):
-        return f"window {self.window} sink {self.sink} chunks {self.chunks} of {self.chunk} batch {self.batch}"
+        return (
+            f"window {self.window} sink {self.sink}, {self.chunks} chunks of {self.chunk}, batch {self.batch}"
+        )
 
     @property
     def settings(self):
@@ -151,6 +181,19 @@ class Rollout:
         ours = {"velocity": torch.stack(velocities), "keys": torch.stack(keys), "values": torch.stack(values)}
         return ours, cache
 
+    def sampler(self, seed):
+        """Return our sampler of this run."""
+        height, width = (SPATIAL_STRIDE * size for size in SIZE)
+        frames = 4 * self.chunk * self.chunks - 3
+        return LongSampler(
+            student=CausalStudent(network(), CONFIG),
+            geometry=VideoGeometry(height=height, width=width, frames=frames, chunk=self.chunk),
+            settings=RolloutSettings(
+                chunk=self.chunk, window=self.window, sink=self.sink, sink_positions=self.positions
+            ),
+            seed=seed,
+        )
+
     def remembered(self):
         """Return the chunks in memory after the last one, oldest first, the sink before them."""
         sink, ring = self.sink // self.chunk, (self.window - self.sink) // self.chunk
@@ -170,3 +213,13 @@ class Rollout:
 def as_theirs(keys):
     """Return ``(layers, B, N, L, D)`` in the order of the references, ``(layers, B, L, N, D)``, as a copy."""
     return keys.transpose(2, 3).clone()
+
+
+def compare_passes(repository, sizes, measured, scratch, *, module="wan.modules.causal_model", **more):
+    """Compare the velocity of every pass with that of a causal model of the Self-Forcing family."""
+    inputs = sizes.inputs()
+    theirs = repository.run(
+        "run_wan.py", scratch, inputs, mode="passes", module=module, **sizes.settings, **more
+    )
+    ours, _ = sizes.passes(inputs)
+    measured("velocity", worst(ours["velocity"], theirs["velocity"]))

@@ -1,12 +1,12 @@
 """Runs a model of Wan or of the Self-Forcing family in float32 on a CPU, from a checkout of its repository.
 
-``python run_wan.py REPOSITORY FOLDER``: reads the question in FOLDER, see ``exchange``, and answers it there.
+``python run_wan.py REPOSITORY FOLDER``: reads the question in FOLDER, see ``exchange``, and answers it.
 
-Nothing of what is tested is replaced: projections, norms, rotations, masks, the writing, rolling and reading of
-the cache, the loop over chunks and its schedule are the repository's. What is replaced, at run time, and why:
+Nothing of what is tested is replaced: projections, norms, rotations, masks, the writing, rolling and reading
+of the cache, the loop over chunks and its schedule are the repository's. What is replaced at run time, and why:
 
-- ``flash_attention`` and ``attention``, which want a GPU and compute in bfloat16: PyTorch's own attention over
-  the same queries, keys and values, in the dtype they come in.
+- ``flash_attention`` and ``attention``, which want a GPU and compute in bfloat16: PyTorch's own attention
+  over the same queries, keys and values, in the dtype they come in.
 - ``flex_attention`` and ``create_block_mask``, which are compiled for a GPU: attention under the dense mask
   that the repository's own mask function gives.
 - Package ``__init__`` files, the text encoder, the autoencoder, the tokenizer and the helpers that ask for a
@@ -61,9 +61,10 @@ def attend(q, k, v, q_lens=None, k_lens=None, **options):
     return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def dense_mask(mask_mod, B, H, Q_LEN, KV_LEN, **options):
-    """Return what a mask function says of every pair, ``(Q_LEN, KV_LEN)``."""
-    return mask_mod(B, H, torch.arange(Q_LEN)[:, None], torch.arange(KV_LEN)[None])
+def dense_mask(sees, **options):
+    """Return what a mask function says of every pair of a query (row) and a key (column)."""
+    queries, keys = (torch.arange(options[name]) for name in ("Q_LEN", "KV_LEN"))
+    return sees(None, None, queries[:, None], keys[None])
 
 
 def masked_attention(query, key, value, block_mask):
@@ -163,6 +164,7 @@ def passes(module, settings, weights, inputs):
                 crossattn_cache=text_memory,
                 current_start=start,
                 cache_start=start,
+                **({"updating_cache": sigma == 0} if settings.get("marks_clean") else {}),
             )
             velocities.append(velocity)
         end = int(memory[0]["local_end_index"])
@@ -213,14 +215,15 @@ def inference(module, settings, weights, inputs):
     pipeline.num_transformer_blocks = settings["config"]["layers"]
     pipeline.frame_seq_length = settings["tokens"]
     noise = inputs["noise"]  # (chunks, steps, B, C, T, H, W)
-    chunks, steps, batch = noise.shape[:3]
+    steps, batch = noise.shape[1:3]
     pipeline.kv_cache1, pipeline.crossattn_cache = caches(settings, batch)
     # The repository's order is (B, T, C, H, W); between steps it draws for B * T at once.
     fresh = iter(noise[:, 1:].flatten(0, 1).transpose(2, 3).flatten(1, 2))
     torch.randn_like = lambda like: next(fresh)
     first = torch.cat(list(noise[:, 0]), dim=2).transpose(1, 2)
+    start = inputs["start"].transpose(1, 2) if "start" in inputs else None
     with torch.no_grad():
-        _, latents = pipeline.inference(first, [""] * batch, return_latents=True)
+        _, latents = pipeline.inference(first, [""] * batch, initial_latent=start, return_latents=True)
     assert next(fresh, None) is None and steps == len(pipeline.denoising_step_list)
     return {"latents": latents.transpose(1, 2), "timesteps": pipeline.denoising_step_list}
 

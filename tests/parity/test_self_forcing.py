@@ -3,21 +3,26 @@
 What is replaced at run time to run it in float32 on a CPU is listed in ``run_wan``.
 """
 
+import harness
 import pytest
 import torch
-from conftest import reference
-from harness import CONFIG, SCHEDULE, TOKENS, Rollout, clip, error, network, text, worst
+from harness import SCHEDULE, Reference, Rollout, clip, error, text, whole, worst
 
-from sfpp_core.rollout import rollout
-from sfpp_core.student import CausalStudent, causal_mask
+from sfpp_core.student import causal_mask
 
 pytestmark = pytest.mark.slow
-CAUSAL = "wan.modules.causal_model"
+SEED = 7
 
 
 @pytest.fixture
-def self_forcing():
-    return reference("SFPP_SELF_FORCING", "SFPP_REFERENCE_PYTHON")
+def ask(tmp_path):
+    """Return a function that asks Self-Forcing's causal model, or ``module``."""
+    self_forcing = Reference.named("SFPP_SELF_FORCING")
+
+    def asked(inputs, *, module="wan.modules.causal_model", **settings):
+        return self_forcing.run("run_wan.py", tmp_path, inputs, module=module, **settings)
+
+    return asked
 
 
 @pytest.mark.parametrize(
@@ -33,11 +38,10 @@ def self_forcing():
     ],
     ids=str,
 )
-def test_every_pass_over_a_rolling_cache_is_the_same(self_forcing, sizes, measured, tmp_path):
+def test_every_pass_over_a_rolling_cache_is_the_same(ask, sizes, measured):
+    """Velocity of every pass, keys and values of every chunk, and what is remembered at the end."""
     inputs = sizes.inputs()
-    theirs = self_forcing.run(
-        "run_wan.py", tmp_path, inputs, mode="passes", module=CAUSAL, **sizes.settings
-    )
+    theirs = ask(inputs, mode="passes", **sizes.settings)
     ours, cache = sizes.passes(inputs)
     for name in ("velocity", "keys", "values"):
         measured(name, worst(ours[name], theirs[name]))
@@ -47,13 +51,11 @@ def test_every_pass_over_a_rolling_cache_is_the_same(self_forcing, sizes, measur
         measured(name, error(kept, theirs[name]))
 
 
-def test_another_window_would_be_noticed(self_forcing, tmp_path):
-    """What the tests above can see: one chunk more or less in sight, and a sink that is not there."""
+def test_another_window_or_sink_would_be_noticed(ask):
+    """What the tests above can see: a chunk more in sight, a sink that is not there, or elsewhere in time."""
     sizes = Rollout(window=9, sink=3)
     inputs = sizes.inputs()
-    theirs = self_forcing.run(
-        "run_wan.py", tmp_path, inputs, mode="passes", module=CAUSAL, **sizes.settings
-    )
+    theirs = ask(inputs, mode="passes", **sizes.settings)
     for other in (
         Rollout(window=12, sink=3, chunks=sizes.chunks),
         Rollout(window=9, chunks=sizes.chunks),
@@ -63,52 +65,33 @@ def test_another_window_would_be_noticed(self_forcing, tmp_path):
 
 
 @pytest.mark.parametrize("sizes", [Rollout(window=21, chunks=7), Rollout(window=9, chunks=7)], ids=str)
-def test_one_forward_under_the_training_mask_is_the_same(self_forcing, sizes, measured, tmp_path):
+def test_one_forward_under_the_training_mask_is_the_same(ask, sizes, measured):
     latent_frames = sizes.chunk * sizes.chunks
     inputs = {"clip": clip(latent_frames), "text": text(), "sigma": torch.full((1, latent_frames), 0.9375)}
-    theirs = self_forcing.run(
-        "run_wan.py", tmp_path, inputs, mode="whole", module=CAUSAL, **sizes.settings
-    )
-    mask = causal_mask(latent_frames, TOKENS, chunk=sizes.chunk, window=sizes.window)
-    with torch.inference_mode():
-        bound = CausalStudent(network(), CONFIG).bind(inputs["text"])
-        ours = bound.whole(inputs["clip"], inputs["sigma"], mask=mask)
-    measured("velocity", error(ours, theirs["velocity"]))
+    theirs = ask(inputs, mode="whole", **sizes.settings)
+    mask = causal_mask(latent_frames, harness.TOKENS, chunk=sizes.chunk, window=sizes.window)
+    measured("velocity", error(whole(inputs, mask=mask), theirs["velocity"]))
 
 
-def test_the_bidirectional_model_is_the_same(self_forcing, measured, tmp_path):
-    inputs = {"clip": clip(9, batch=2), "text": text(2), "sigma": torch.tensor([[0.9375], [0.31]])}
-    theirs = self_forcing.run("run_wan.py", tmp_path, inputs, mode="whole", module="wan.modules.model")
-    with torch.inference_mode():
-        ours = CausalStudent(network(), CONFIG).bind(inputs["text"]).whole(inputs["clip"], inputs["sigma"])
-    measured("velocity", error(ours, theirs["velocity"]))
+def test_the_bidirectional_model_is_the_same(ask, measured):
+    inputs = harness.bidirectional_inputs()
+    theirs = ask(inputs, mode="whole", module="wan.modules.model")
+    measured("velocity", error(whole(inputs), theirs["velocity"]))
 
 
+@pytest.mark.parametrize("past", [0, 2])
 @pytest.mark.parametrize("sizes", [Rollout(window=9), Rollout(window=9, sink=3)], ids=str)
-def test_the_inference_loop_makes_the_same_clean_chunks(self_forcing, sizes, measured, tmp_path):
-    """Its steps, its noise levels, its clean pass: nothing is replayed but the noise.
+def test_the_inference_loop_makes_the_chunks_of_the_long_sampler(ask, sizes, past, measured):
+    """Its steps, its noise levels, its clean pass, and its way of going on from a clip of ``past`` chunks.
 
-    Noise levels there come from a table by the nearest timestep; the four steps are entries of that table, so
-    the levels are ours but for float32.
+    Nothing is given but the noise. Noise levels there come from a table, by the nearest timestep; the four
+    steps are entries of that table, so the levels are ours but for float32.
     """
-    inputs = {"noise": sizes.noise(seed=7), "text": text()}
-    theirs = self_forcing.run(
-        "run_wan.py", tmp_path, inputs, mode="inference", module=CAUSAL, **sizes.settings
-    )
+    start = clip(past * sizes.chunk, seed=9)
+    inputs = {"noise": sizes.noise(SEED)[past:], "text": text()} | ({"start": start} if past else {})
+    theirs = ask(inputs, mode="inference", **sizes.settings)
     sigmas = torch.tensor(SCHEDULE.sigmas, dtype=torch.float64)
     measured("timesteps", error(1000 * sigmas, theirs["timesteps"]), limit=1e-7)
-    ours = our_rollout(sizes, seed=7)
+    given = start.split(sizes.chunk, dim=2) if past else ()
+    ours = [*given, *sizes.sampler(SEED).chunks(text(), past=given)]
     measured("clean chunks", worst(ours, theirs["latents"].split(sizes.chunk, dim=2)))
-
-
-@torch.inference_mode()
-def our_rollout(sizes, *, seed):
-    """Return the clean chunks of a run of ours."""
-    from sfpp_core.noise import ChunkNoise
-
-    bound = CausalStudent(network(), CONFIG).bind(text())
-    return list(
-        rollout(
-            bound, ChunkNoise(seed), SCHEDULE, sizes.cache(), chunks=sizes.chunks, like=clip(sizes.chunk)
-        )
-    )
