@@ -3,7 +3,7 @@
 ``python run_wan.py REPOSITORY FOLDER``: reads the question in FOLDER, see ``exchange``, and answers it.
 
 Nothing of what is tested is replaced: projections, norms, rotations, masks, the writing, rolling and reading
-of the cache, the loop over chunks and its schedule are the repository's. What is replaced at run time, and why:
+of the cache, the loop over chunks and its schedule are the repository's. What is replaced, and why:
 
 - ``flash_attention`` and ``attention``, which want a GPU and compute in bfloat16: PyTorch's own attention
   over the same queries, keys and values, in the dtype they come in.

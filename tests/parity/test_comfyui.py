@@ -8,6 +8,7 @@ import torch
 from harness import SCHEDULE, Reference, Rollout, bidirectional_inputs, clip, error, text, whole, worst
 
 pytestmark = pytest.mark.host
+WHOLE_CLIPS = [Rollout(window=27, chunks=9), Rollout(window=7, chunk=1, chunks=7)]
 TIME = pytest.mark.parametrize("exact_time", [False, True], ids=["as it is", "exact time"])
 
 
@@ -39,7 +40,7 @@ def test_the_bidirectional_model_is_the_same(comfyui, exact_time, measured, tmp_
 
 
 @TIME
-@pytest.mark.parametrize("sizes", [Rollout(window=27, chunks=9), Rollout(window=7, chunk=1, chunks=7)])
+@pytest.mark.parametrize("sizes", WHOLE_CLIPS, ids=str)
 def test_every_pass_over_its_cache_is_the_same(comfyui, causal, sizes, exact_time, measured, tmp_path):
     """Its cache holds the whole clip and rolls nothing, so the window here is the whole clip."""
     inputs = sizes.inputs()
@@ -70,7 +71,7 @@ class TheirNoise:
 def test_its_sampler_makes_what_the_long_sampler_makes(
     comfyui, causal, chunk, exact_time, measured, monkeypatch, tmp_path
 ):
-    """Theirs from a file on disk: loader, guider, SamplerARVideo, with no cache to roll in 9 latent frames."""
+    """Theirs starts from a file: loader, guider, SamplerARVideo. Its cache never rolls, so nor does ours."""
     sizes = Rollout(window=9, chunk=chunk, chunks=9 // chunk)
     noise = clip(9, seed=8)
     theirs = comfyui.run(
