@@ -181,13 +181,13 @@ class Rollout:
         ours = {"velocity": torch.stack(velocities), "keys": torch.stack(keys), "values": torch.stack(values)}
         return ours, cache
 
-    def sampler(self, seed):
+    def sampler(self, seed, *, lead=0):
         """Return our sampler of this run."""
         height, width = (SPATIAL_STRIDE * size for size in SIZE)
-        frames = 4 * self.chunk * self.chunks - 3
+        frames = 4 * (lead + self.chunk * self.chunks) - 3
         return LongSampler(
             student=CausalStudent(network(), CONFIG),
-            geometry=VideoGeometry(height=height, width=width, frames=frames, chunk=self.chunk),
+            geometry=VideoGeometry(height=height, width=width, frames=frames, chunk=self.chunk, lead=lead),
             settings=RolloutSettings(
                 chunk=self.chunk, window=self.window, sink=self.sink, sink_positions=self.positions
             ),

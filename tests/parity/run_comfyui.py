@@ -97,6 +97,9 @@ def sampler(settings, folder, inputs):
     guider = samplers.CFGGuider(patcher)
     guider.set_conds([[inputs["text"], {}]], [[inputs["text"], {}]])
     guider.set_cfg(1.0)
+    if "start" in inputs:  # what ARVideoI2V leaves with the model, once its autoencoder has encoded an image
+        start = {"ar_config": {"initial_latent": model.process_latent_out(inputs["start"])}}
+        patcher.model_options.setdefault("transformer_options", {}).update(start)
     drawn, draw = [], torch.randn_like
 
     def recorded(like, *arguments, **options):

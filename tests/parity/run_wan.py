@@ -202,7 +202,7 @@ def inference(module, settings, weights, inputs):
         denoising_step_list=[1000, 750, 500, 250],
         warp_denoising_step=True,
         num_frame_per_block=settings["chunk"],
-        independent_first_frame=False,
+        independent_first_frame=settings.get("image", False),
         context_noise=0,
         model_kwargs={"timestep_shift": settings["shift"], **sizes(settings)},
     )

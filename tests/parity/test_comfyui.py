@@ -67,24 +67,25 @@ class TheirNoise:
 
 
 @TIME
-@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize(("chunk", "image"), [(1, False), (3, False), (3, True)])
 def test_its_sampler_makes_what_the_long_sampler_makes(
-    comfyui, causal, chunk, exact_time, measured, monkeypatch, tmp_path
+    comfyui, causal, chunk, image, exact_time, measured, monkeypatch, tmp_path
 ):
     """Theirs starts from a file: loader, guider, SamplerARVideo. Its cache never rolls, so nor does ours."""
-    sizes = Rollout(window=9, chunk=chunk, chunks=9 // chunk)
-    noise = clip(9, seed=8)
+    sizes = Rollout(window=12, chunk=chunk, chunks=9 // chunk)
+    start = clip(int(image), seed=9)
+    noise = clip(int(image) + 9, seed=8)
     theirs = comfyui.run(
         "run_comfyui.py",
         tmp_path,
-        {"noise": noise, "text": text()},
+        {"noise": noise, "text": text()} | ({"start": start} if image else {}),
         mode="sampler",
         causal_mark=True,
         exact_time=exact_time,
         seed=3,
         **sizes.settings,
     )
-    own = TheirNoise(noise, theirs["fresh"], chunk)
+    own = TheirNoise(noise[:, :, start.shape[2] :], theirs["fresh"], chunk)
     monkeypatch.setattr("sfpp_core.sampler.ChunkNoise", lambda seed: own)
-    ours = torch.cat(list(sizes.sampler(seed=0).chunks(text())), dim=2)
-    measured("latents", error(ours, theirs["latents"]))
+    made = sizes.sampler(seed=0, lead=int(image)).chunks(text(), start=start if image else None)
+    measured("latents", error(torch.cat(list(made), dim=2), theirs["latents"]))

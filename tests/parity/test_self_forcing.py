@@ -95,3 +95,21 @@ def test_the_inference_loop_makes_the_chunks_of_the_long_sampler(ask, sizes, pas
     given = start.split(sizes.chunk, dim=2) if past else ()
     ours = [*given, *sizes.sampler(SEED).chunks(text(), past=given)]
     measured("clean chunks", worst(ours, theirs["latents"].split(sizes.chunk, dim=2)))
+
+
+@pytest.mark.parametrize("chunks", [0, 2])
+@pytest.mark.parametrize("sizes", [Rollout(window=9), Rollout(window=9, sink=3)], ids=str)
+def test_a_video_that_starts_from_an_image_is_the_same(ask, sizes, chunks, measured):
+    """The image alone, or with whole chunks after it.
+
+    Here the image comes on top of the sink it belongs to; there it counts in the sink and in the window,
+    which are therefore one latent frame larger. Without a sink both drop it when the window is full.
+    """
+    image = 1
+    start = clip(image + chunks * sizes.chunk, seed=9)
+    more = image if sizes.sink else 0
+    settings = sizes.settings | {"window": sizes.window + more, "sink": sizes.sink + more}
+    inputs = {"noise": sizes.noise(SEED)[chunks:], "text": text(), "start": start}
+    theirs = ask(inputs, mode="inference", image=True, **settings)["latents"]
+    ours = torch.cat(list(sizes.sampler(SEED, lead=image).chunks(text(), start=start)), dim=2)
+    measured("latents", worst(ours.split(1, dim=2), theirs.split(1, dim=2)))
