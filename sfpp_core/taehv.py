@@ -177,9 +177,16 @@ class TinyWanDecoder(nn.Module):
         for start in STAGES:
             for unit in range(start, start + 3):
                 x = self.decoder[str(unit)](x, _before(x, batch, memory, after))
-            x = self.decoder[str(start + 4)](interpolate(x, scale_factor=2, mode="nearest"))
-            x = self.decoder[str(start + 5)](x)
-        return self.decoder[str(LAST)](torch.relu(x)), after
+            x = self.decoder[str(start + 4)](x)
+            if start != STAGES[-1]:
+                x = self.decoder[str(start + 5)](interpolate(x, scale_factor=2, mode="nearest"))
+        # At full size nothing is remembered any more, so a few frames at a time do.
+        return torch.cat([self._draw(part) for part in x.split(TEMPORAL_STRIDE)]), after
+
+    def _draw(self, x: Tensor) -> Tensor:
+        """Return ``(N, 3 * patch^2, ...)`` of the last features, at half the resolution."""
+        x = self.decoder[str(STAGES[-1] + 5)](interpolate(x, scale_factor=2, mode="nearest"))
+        return self.decoder[str(LAST)](x.relu_())
 
     def rest(self, device: torch.device | str) -> None:
         """Keep the memory of the video on ``device`` until the next chunk."""

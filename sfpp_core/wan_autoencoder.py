@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import CheckpointError, SFPPError
+from .errors import CheckpointError, RolloutOrderError, SFPPError
+from .geometry import TEMPORAL_STRIDE
 from .inspection import listed
 from .latent_space import WAN_2_1, WAN_2_2, LatentSpace
 from .wan_names import diffusers_name
@@ -154,7 +155,46 @@ def _converted(weights: Weights, dtype: torch.dtype) -> Iterator[tuple[str, Tens
         yield diffusers_name(name), tensor.to(dtype)
 
 
-class WanDecoder(nn.Module):
+class _Half(nn.Module):
+    """What encoder and decoder have in common: a latent space, and the memory of one video."""
+
+    def __init__(self, sizes: WanSizes) -> None:
+        super().__init__()
+        self.sizes, self.space = sizes, sizes.space
+        self._state: State = []
+        self._size: tuple[int, ...] | None = None
+
+    @property
+    def channels(self) -> int:
+        """Channels of the latents."""
+        return self.space.channels
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels along a side of one latent cell."""
+        return self.space.spatial_stride
+
+    def rest(self, device: torch.device | str) -> None:
+        """Keep the memory of the video on ``device`` until the next call."""
+        self._state = _moved(self._state, torch.device(device))
+
+    def reset(self) -> None:
+        """Forget the video so far."""
+        self._state, self._size = [], None
+
+    def _take(self, network: nn.Module, device: torch.device) -> State:
+        """Return the state on ``device``, keeping none: the old and the new need not both be held."""
+        if self._size is None:
+            return [None] * sum(type(module).__name__ == "WanCausalConv3d" for module in network.modules())
+        if not self._state:
+            raise RolloutOrderError(
+                "the piece of video before was interrupted; call reset() and begin again."
+            )
+        state, self._state = _moved(self._state, device), []
+        return state
+
+
+class WanDecoder(_Half):
     """Latents of Wan to frames, one latent frame after the other.
 
     Use::
@@ -166,11 +206,12 @@ class WanDecoder(nn.Module):
 
     def __init__(self, network: Any, sizes: WanSizes) -> None:
         """Take the decoding half of diffusers' autoencoder."""
-        super().__init__()
-        self.sizes, self.space = sizes, sizes.space
+        super().__init__(sizes)
         self.enter, self.decoder = network.post_quant_conv, network.decoder
-        self._state: State = []
-        self._size: tuple[int, ...] | None = None
+        for layers in self.decoder.modules():
+            if isinstance(layers, nn.Sequential) and type(layers[0]).__name__ == "WanUpsample":
+                # diffusers' own goes through float32, which repeats the same values in twice the memory.
+                layers[0] = nn.Upsample(scale_factor=2.0, mode="nearest-exact")
 
     @classmethod
     def load(cls, weights: Weights, sizes: WanSizes, *, dtype: torch.dtype) -> "WanDecoder":
@@ -180,16 +221,6 @@ class WanDecoder(nn.Module):
             CheckpointError: They are not finite, or not floating point numbers.
         """
         return cls(_half(weights, sizes, "decoder", dtype), sizes)
-
-    @property
-    def channels(self) -> int:
-        """Channels of the latents."""
-        return self.space.channels
-
-    @property
-    def spatial_stride(self) -> int:
-        """Pixels along a side of one latent cell."""
-        return self.space.spatial_stride
 
     @torch.inference_mode()
     def decode(self, chunk: Tensor) -> Tensor:
@@ -202,40 +233,26 @@ class WanDecoder(nn.Module):
             RolloutOrderError: The chunk's size differs from that of the video decoded so far.
         """
         self.space.check(chunk, self._size)
-        like = self.enter.weight
-        state, begins = (
-            _moved(self._state, like.device) or [None] * _memories(self.decoder),
-            self._size is None,
-        )
+        like, begins = self.enter.weight, self._size is None
+        state = self._take(self.decoder, like.device)
+        self._size = (chunk.shape[0], *chunk.shape[3:])
         x = self.enter(self.space.restore(chunk.to(like.device)).to(like.dtype))
         frames = []
         for part in x.split(1, dim=2):
             out = self.decoder(part, feat_cache=state, feat_idx=[0], first_chunk=begins)
             frames.append(_to_frames(out, self.sizes.patch))
             begins = False
-        # Kept last: a decode that was interrupted can be asked for again.
-        self._state, self._size = state, (chunk.shape[0], *chunk.shape[3:])
+        self._state = state
         return torch.cat(frames, 1)
 
-    def rest(self, device: torch.device | str) -> None:
-        """Keep the memory of the video on ``device`` until the next chunk."""
-        self._state = _moved(self._state, torch.device(device))
 
-    def reset(self) -> None:
-        """Forget the video decoded so far."""
-        self._state, self._size = [], None
-
-
-class WanEncoder(nn.Module):
+class WanEncoder(_Half):
     """Frames to latents of Wan, four frames at a time."""
 
     def __init__(self, network: Any, sizes: WanSizes) -> None:
         """Take the encoding half of diffusers' autoencoder."""
-        super().__init__()
-        self.sizes, self.space = sizes, sizes.space
+        super().__init__(sizes)
         self.leave, self.encoder = network.quant_conv, network.encoder
-        self._state: State = []
-        self._size: tuple[int, ...] | None = None
 
     @classmethod
     def load(cls, weights: Weights, sizes: WanSizes, *, dtype: torch.dtype) -> "WanEncoder":
@@ -245,16 +262,6 @@ class WanEncoder(nn.Module):
             CheckpointError: The file has no encoder, or weights that are not finite floating point numbers.
         """
         return cls(_half(weights, sizes, "encoder", dtype), sizes)
-
-    @property
-    def channels(self) -> int:
-        """Channels of the latents."""
-        return self.space.channels
-
-    @property
-    def spatial_stride(self) -> int:
-        """Pixels along a side of one latent cell."""
-        return self.space.spatial_stride
 
     @torch.inference_mode()
     def encode(self, frames: Tensor) -> Tensor:
@@ -268,29 +275,23 @@ class WanEncoder(nn.Module):
             RolloutOrderError: The frames differ in size from those encoded so far.
         """
         self.space.check_frames(frames, self._size)
-        like = self.leave.weight
-        state = _moved(self._state, like.device) or [None] * _memories(self.encoder)
-        pixels = _from_frames(frames.to(like.device, torch.float32) * 2 - 1, self.sizes.patch).to(like.dtype)
-        first = 1 if self._size is None else 0
-        groups = [part for part in (pixels[:, :, :first], *pixels[:, :, first:].split(4, 2)) if part.shape[2]]
-        latents = [self.leave(self.encoder(group, feat_cache=state, feat_idx=[0])) for group in groups]
-        self._state, self._size = state, (frames.shape[0], *frames.shape[3:])
+        like, first = self.leave.weight, int(self._size is None)
+        state = self._take(self.encoder, like.device)
+        self._size = (frames.shape[0], *frames.shape[3:])
+        latents = []
+        for group in (frames[:, :first], *frames[:, first:].split(TEMPORAL_STRIDE, 1)):
+            if group.shape[1]:
+                pixels = _from_frames(group.to(like.device, torch.float32) * 2 - 1, self.sizes.patch)
+                out = self.encoder(pixels.to(like.dtype), feat_cache=state, feat_idx=[0])
+                latents.append(self.leave(out))
+        self._state = state
         return self.space.normalise(torch.cat(latents, 2).chunk(2, dim=1)[0])
-
-    def reset(self) -> None:
-        """Forget the video encoded so far."""
-        self._state, self._size = [], None
 
 
 def weight_bytes(sizes: WanSizes, half: str, dtype: torch.dtype) -> int:
     """Return the bytes of the weights of the ``encoder`` or the ``decoder``."""
     shapes = (weights.shape for name, weights in sizes.network().state_dict().items() if _is_for(half, name))
     return dtype.itemsize * sum(math.prod(shape) for shape in shapes)
-
-
-def _memories(network: nn.Module) -> int:
-    """Return how many causal convolutions there are; each has a place in the state."""
-    return sum(type(module).__name__ == "WanCausalConv3d" for module in network.modules())
 
 
 def _moved(state: State, device: torch.device) -> State:
