@@ -204,8 +204,8 @@ def text_encoder_bytes(
     shapes = umt5_shapes(sizes)
     table = file.weights.entries[file.names["shared.weight"]]
     layer = [math.prod(shapes["encoder.block.0." + name]) for name in file.layer(0)]
-    scores = 4 * sizes.heads * text_length
-    widest = text_length * (8 * sizes.dim + max(3 * sizes.ffn_dim, scores))
+    scores = 3 * sizes.heads * text_length
+    widest = text_length * (4 * sizes.dim + max(3 * sizes.ffn_dim, scores))
     return max(math.prod(table.shape) * FLOATS[table.dtype], size * (sum(layer) + widest) + 4 * max(layer))
 
 

@@ -1,5 +1,6 @@
 """A umT5 of random weights and a real tokenizer, in every layout people have them in."""
 
+import functools
 import io
 import json
 
@@ -34,6 +35,7 @@ PROMPTS = (
 )
 
 
+@functools.cache
 def sentencepiece_model():
     """Return a small unigram model with umT5's special tokens, as bytes."""
     model = io.BytesIO()
@@ -136,3 +138,12 @@ def embeddings(encoder, spiece, prompts, length):
     mask = torch.tensor([[1] * len(text) + [0] * (length - len(text)) for text in texts])
     tokens = torch.tensor([text + [0] * (length - len(text)) for text in texts])
     return encoder(tokens, attention_mask=mask).last_hidden_state * mask[..., None]
+
+
+def changed(weights, **changes):
+    """Return the weights with some replaced, or taken away where ``None``, by the end of their names."""
+    result = dict(weights)
+    for end, value in changes.items():
+        (name,) = (name for name in weights if name.endswith(end.replace("__", ".") + ".weight"))
+        result[name] = value
+    return {name: value for name, value in result.items() if value is not None}
