@@ -90,8 +90,8 @@ class TextEncoder:
         numbers, room, warning = self.tokenizer(prompt), self.text_length - 1, ""
         if len(numbers) > room:
             warning = (
-                f"The prompt {prompt!r:.40} has {len(numbers)} tokens; only the first {room} count, as in "
-                f"Wan. Cut are {len(numbers) - room}, from {self.tokenizer.text(numbers[room:])!r:.80} on."
+                f"The prompt {prompt[:40]!r} has {len(numbers)} tokens; only the first {room} count, as in "
+                f"Wan. Cut are {len(numbers) - room}, from {self.tokenizer.text(numbers[room:])[:80]!r} on."
             )
             logger.warning("%s", warning)
         return Tokens(prompt, [*numbers[:room], END], warning)
@@ -115,7 +115,7 @@ class TextEncoder:
         for text, rows in zip(texts, done, strict=True):
             if not bool(torch.isfinite(rows).all()):
                 raise NumericsError(
-                    f"umT5 made numbers that are not finite of {text.prompt!r:.40} in {self.dtype}; use "
+                    f"umT5 made numbers that are not finite of {text.prompt[:40]!r} in {self.dtype}; use "
                     "float32."
                 )
         return done

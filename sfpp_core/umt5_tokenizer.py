@@ -32,7 +32,7 @@ prompt that says ``</s>`` or ``<pad>``, which only the first takes for the token
 PLACES = ("tokenizer", "../tokenizer", "google/umt5-xxl", ".")
 """Where a tokenizer is looked for, beside the weights: as in diffusers' folder, and as in Wan's."""
 
-_PLAIN = re.compile(r"[\t\n\r -%'-~]*")
+_PLAIN = re.compile(r"(?:[\t\n\r -%'-~]|&(?![\w#]))*")
 """Text that ftfy leaves as it is."""
 
 logger = logging.getLogger(__name__)
@@ -50,9 +50,9 @@ def clean_prompt(prompt: str) -> str:
         prompt = ftfy.fix_text(prompt)
     elif not _PLAIN.fullmatch(prompt):
         logger.warning(
-            "The prompt %.40r goes without the repair of quotes and letters that Wan was trained with; for "
+            "The prompt %r goes without the repair of quotes and letters that Wan was trained with; for "
             "it, `pip install ftfy`.",
-            prompt,
+            prompt[:40],
         )
     return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
 

@@ -181,13 +181,16 @@ def without(monkeypatch, *libraries):
 
 
 def test_without_ftfy_only_what_it_would_repair_is_warned_of(monkeypatch, caplog):
-    typed = "a cat,\n (red:1.3)  100% <ok>"
+    typed = "a cat,\n (red:1.3)  100% <ok> & more"
     repaired = clean_prompt(typed)
     without(monkeypatch, "ftfy")
     assert clean_prompt(typed) == repaired
     assert not caplog.records
-    clean_prompt("it\u2019s")
-    assert "pip install ftfy" in caplog.text
+    for typed in ("it\u2019s", "a &amp; b"):
+        caplog.clear()
+        clean_prompt(typed)
+        assert f"The prompt {typed!r} goes without" in caplog.text
+        assert "pip install ftfy" in caplog.text
 
 
 @pytest.mark.parametrize("library", ["transformers", "sentencepiece"])
