@@ -166,6 +166,23 @@ def load_decoder(
     return _load_demo(weights.path).to(device)
 
 
+def check_encoder(path: Path | str, *, channels: int | None = None) -> DecoderInfo:
+    """Refuse what cannot encode pictures and clips to start from; no weight is read.
+
+    Raises:
+        CheckpointError: As ``check_decoder``.
+        SettingsError: As ``check_decoder``; or this decoder cannot encode.
+        SFPPError: A library is missing.
+    """
+    info = check_decoder(path, channels=channels)
+    if info.weights is None or isinstance(info.sizes, TinySizes):
+        raise SettingsError(
+            f"{path} cannot encode the frames to start from; choose a complete autoencoder, Wan2.1_VAE or "
+            "Wan2.2_VAE, for it."
+        )
+    return info
+
+
 def load_encoder(
     path: Path,
     *,
@@ -183,15 +200,11 @@ def load_encoder(
 
     Raises:
         CheckpointError: As ``load_decoder``.
-        SettingsError: As ``check_decoder``; or this decoder cannot encode.
+        SettingsError: As ``check_encoder``.
         SFPPError: A library is missing.
     """
-    info = check_decoder(path, channels=channels)
-    if info.weights is None or isinstance(info.sizes, TinySizes):
-        raise SettingsError(
-            f"{path} cannot encode the frames to start from; choose a complete autoencoder, Wan2.1_VAE or "
-            "Wan2.2_VAE, for it."
-        )
+    info = check_encoder(path, channels=channels)
+    assert info.weights is not None
     if isinstance(info.sizes, WanSizes):
         return WanEncoder.load(info.weights, info.sizes, dtype=dtype).to(device)
     return TinyEncoder(_load_demo(info.weights.path).to(device))

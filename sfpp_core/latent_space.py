@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import GeometryError, RolloutOrderError
-from .geometry import TEMPORAL_STRIDE
+from .geometry import FPS, TEMPORAL_STRIDE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +27,9 @@ class LatentSpace:
 
     spatial_stride: int
     """Pixels along a side of one latent cell."""
+
+    fps: int = FPS
+    """Frames per second of the videos the models were trained on."""
 
     mean: tuple[float, ...] = ()
     """Per channel, what is subtracted from the autoencoder's latents to normalise them; empty: nothing."""
@@ -134,6 +137,7 @@ WAN_2_2 = LatentSpace(
     name="wan2.2",
     channels=48,
     spatial_stride=16,
+    fps=24,
     mean=(
         -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
         -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,

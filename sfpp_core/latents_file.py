@@ -18,6 +18,7 @@ from torch import Tensor
 from .config import from_table
 from .decoder import StreamingDecoder
 from .errors import CheckpointError, OutputError, SettingsError
+from .geometry import VideoGeometry
 from .latent_space import SPACES, LatentSpace
 from .weights_file import DTYPES, Header, read_header, read_tensor, write
 
@@ -74,6 +75,14 @@ class Latents:
 
     chunks: int
     """Chunks that were saved: all from the first on, without a gap."""
+
+    latent_frames: int
+    """Latent frames in them."""
+
+    @property
+    def frames(self) -> int:
+        """Frames that the saved chunks hold, of those the video has."""
+        return min(self.info.frames, VideoGeometry.frames_of(self.latent_frames))
 
     @property
     def complete(self) -> bool:
@@ -153,7 +162,7 @@ def load_latents(path: Path) -> Latents:
         raise CheckpointError(f"{folder} holds no latents ({NAME % 0}, ...); name the folder a run has left.")
     headers = {file: read_header(file) for file in files}
     info = _info(files[0], headers[files[0]])
-    shape = _shape(files[0], headers[files[0]], info)
+    shape, latent_frames = _shape(files[0], headers[files[0]], info), 0
     for chunk, file in enumerate(files):
         if file.name != NAME % chunk:
             raise CheckpointError(
@@ -164,7 +173,8 @@ def load_latents(path: Path) -> Latents:
             raise CheckpointError(
                 f"{file} belongs to another video than {files[0].name}; remove one of them."
             )
-    return Latents(folder=folder, info=info, chunks=len(files))
+        latent_frames += same[2]
+    return Latents(folder=folder, info=info, chunks=len(files), latent_frames=latent_frames)
 
 
 def decode_latents(latents: Latents, decoder: StreamingDecoder) -> Iterator[Tensor]:
@@ -176,7 +186,7 @@ def decode_latents(latents: Latents, decoder: StreamingDecoder) -> Iterator[Tens
     """
     if decoder.space.name != latents.info.space:
         raise SettingsError(
-            f"the decoder is made for latents of {decoder.space.name}, and these are of {latents.info.space}; "
+            f"the decoder is made for latents of {decoder.space.name}, these are of {latents.info.space}; "
             "choose the one of the model that made them."
         )
     decoder.reset()

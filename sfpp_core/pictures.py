@@ -71,6 +71,7 @@ def read_clip(
     width: int,
     height: int,
     frames: int,
+    least: int | None = None,
     end: Literal["last", "first"] = "last",
     fps: float = FPS,
 ) -> Tensor:
@@ -81,11 +82,12 @@ def read_clip(
         width: Pixels.
         height: Pixels.
         frames: How many, after the change to ``fps``.
+        least: How few will do if the clip is shorter; ``None`` wants all.
         end: Which frames: the last ones, to go on from, or the first.
         fps: Frames per second; frames are repeated or left out to keep the pace.
 
     Raises:
-        PictureError: There is no such file, it is damaged or no video, or shorter than ``frames``.
+        PictureError: There is no such file, it is damaged or no video, or shorter than asked for.
         GeometryError: The size or the number asked for is impossible.
         OutputError: ffmpeg is missing.
     """
@@ -107,14 +109,14 @@ def read_clip(
         why = last_words(line.decode(errors="replace") for line in said)
     if not kept:
         raise PictureError(f"{path} holds no frame that plays ({why}); is it a video?")
-    if len(kept) < frames:
+    if len(kept) < (wanted := frames if least is None else least):
         raise PictureError(
-            f"{path} has {len(kept)} frames at {fps:g} per second and {frames} are needed; choose a longer "
+            f"{path} has {len(kept)} frames at {fps:g} per second and {wanted} are needed; choose a longer "
             "clip or ask for less of it."
         )
     if ffmpeg.returncode:
         logger.warning("%s is damaged (%s); its frames up to there are used.", path, why)
-    pictures = np.frombuffer(b"".join(kept), np.uint8).reshape(frames, height, width, 3)
+    pictures = np.frombuffer(b"".join(kept), np.uint8).reshape(-1, height, width, 3)
     return torch.from_numpy(pictures.copy()).permute(0, 3, 1, 2).float() / 255
 
 
