@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,19 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
 }
 """Floating dtypes that can be computed with or converted, by their name in the file."""
+
+STORED: dict[str, torch.dtype] = {
+    **DTYPES,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+}
+"""All dtypes that can be read, by their name in the file."""
 
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -85,23 +98,37 @@ class Header:
     file_bytes: int
     """Size of the file."""
 
+    @property
+    def entries(self) -> dict[str, TensorInfo]:
+        """The tensors, under the name they have in every container."""
+        return self.tensors
+
     def table(self, key: str, *, where: str) -> dict[str, Any] | None:
         """Return the JSON table under ``key`` of the metadata, or ``None`` if there is none.
 
         Raises:
             CheckpointError: The value is not a JSON table.
         """
-        if key not in self.metadata:
-            return None
-        try:
-            table = json.loads(self.metadata[key])
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(
-                f"{where}: the metadata {key!r} is not JSON ({error}); save it again."
-            ) from error
-        if not isinstance(table, dict):
-            raise CheckpointError(f"{where}: the metadata {key!r} is not a JSON table; save it again.")
-        return table
+        return metadata_table(self.metadata, key, where=where)
+
+
+def metadata_table(metadata: Mapping[str, str], key: str, *, where: str) -> dict[str, Any] | None:
+    """Return the JSON table under ``key`` of the metadata, or ``None`` if there is none.
+
+    Raises:
+        CheckpointError: The value is not a JSON table.
+    """
+    if key not in metadata:
+        return None
+    try:
+        table = json.loads(metadata[key])
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{where}: the metadata {key!r} is not JSON ({error}); save it again."
+        ) from error
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{where}: the metadata {key!r} is not a JSON table; save it again.")
+    return table
 
 
 def read_header(path: Path) -> Header:
@@ -225,13 +252,29 @@ def read_tensors(path: Path, header: Header) -> Iterator[tuple[str, Tensor]]:
     try:
         with _open(path) as file:
             for name, info in sorted(header.tensors.items(), key=lambda item: item[1].start):
-                content = torch.empty(info.stop - info.start, dtype=torch.uint8)
-                file.seek(info.start)
-                if file.readinto(content.numpy().data) < len(content):
-                    raise CheckpointError(f"{path} was changed while it was read; try again.")
-                yield name, content.view(DTYPES[info.dtype]).view(info.shape)
+                yield name, _read(path, file, name, info)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def read_tensor(path: Path, header: Header, name: str) -> Tensor:
+    """Return one tensor, in memory of its own.
+
+    Raises:
+        CheckpointError: As ``read_tensors``.
+    """
+    return dict(read_tensors(path, replace(header, tensors={name: header.tensors[name]})))[name]
+
+
+def _read(path: Path, file: BufferedReader, name: str, info: TensorInfo) -> Tensor:
+    """Read one tensor from the open file."""
+    if info.dtype not in STORED:
+        raise CheckpointError(f"{path}: {name} is {info.dtype}; what can be read is {', '.join(STORED)}.")
+    content = torch.empty(info.stop - info.start, dtype=torch.uint8)
+    file.seek(info.start)
+    if file.readinto(content.numpy().data) < len(content):
+        raise CheckpointError(f"{path} was changed while it was read; try again.")
+    return content.view(STORED[info.dtype]).view(info.shape)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
