@@ -69,10 +69,8 @@ def read_settings(path: Path) -> StudentSettings:
             f"{path.name} is not a student; it looks like {info.looks_like}. "
             "Choose a Wan 2.1 text-to-video student."
         )
-    if not info.causal:
-        logger.warning("%s does not say that it was distilled to generate chunk by chunk.", path.name)
     rollout = info.settings or RolloutSettings()
-    return StudentSettings(rollout=rollout, text_length=info.config.text_length)
+    return StudentSettings(rollout=rollout, text_length=info.config.text_length, causal=info.causal)
 
 
 class SFPPLoadDemo(io.ComfyNode):

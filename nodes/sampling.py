@@ -5,17 +5,25 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..sfpp_core.conditioning import fit_text
-from ..sfpp_core.config import RolloutSettings
+from ..sfpp_core.config import RolloutSettings, StudentConfig
 from ..sfpp_core.geometry import VideoGeometry, frames_in
 from . import _host
 from ._host import io
 from .conditioning import embeddings_of
 from .generation import Generation, architecture
 from .lazy_latent import LazyLatent
+from .memory import memory_needed
 from .plain_errors import plain_errors
-from .student_settings import settings_of
+from .start import Start, in_words
+from .student_settings import causal, settings_of
 
 Cache = io.Custom("SFPP_CACHE")
+
+NOT_CAUSAL = (
+    "This MODEL does not say that it was trained to generate chunk by chunk. A plain Wan makes poor video "
+    "here; use a student distilled with Self-Forcing or one of its kin."
+)
+"""What is said of any other model, unless its file or its loader knows better."""
 
 LONGEST_SECONDS = 3600.0
 """Longest video: its latents, 5.8 GB at 832x480, are kept in main memory."""
@@ -129,8 +137,9 @@ class SFPPLongSampler(io.ComfyNode):
                     max=LONGEST_SECONDS,
                     step=1.0,
                     round=0.01,
-                    tooltip="Length at 16 frames per second. The video memory does not grow with it; the "
-                    "finished latents stay in main memory, 97 MB per minute of 832x480.",
+                    tooltip="Length at 16 frames per second; after a start, what is added to it. The video "
+                    "memory does not grow with it; finished latents stay in main memory, 97 MB per minute of "
+                    "832x480.",
                 ),
                 io.Int.Input(
                     "video_seed",
@@ -146,6 +155,12 @@ class SFPPLongSampler(io.ComfyNode):
                     "cache",
                     optional=True,
                     tooltip="From Cache Settings. Left open: the student's own, usually window 21, sink 0.",
+                ),
+                io.Latent.Input(
+                    "start",
+                    optional=True,
+                    tooltip="What the video begins with, from VAE Encode (an image, or a clip to go on from) "
+                    "or from another Long Sampler. Of the same width and height. The video contains it.",
                 ),
             ],
             outputs=[
@@ -167,15 +182,17 @@ class SFPPLongSampler(io.ComfyNode):
         seconds: float,
         video_seed: int,
         cache: CacheChoice | None = None,
+        start: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
         """Check everything and return a latent that is generated as it is read."""
-        if ignored := _host.additions_without_effect(model):
-            logger.warning("Without effect in the Long Sampler: %s on the MODEL.", ", ".join(ignored))
         student = settings_of(model)
         settings = student.rollout if cache is None else cache.over(student.rollout)
         geometry = VideoGeometry(width=width, height=height, frames=frames_in(seconds), chunk=settings.chunk)
         config = architecture(model, text_length=student.text_length)
         embeddings = fit_text(embeddings_of(conditioning), config)
+        opening = None
+        if start is not None:
+            opening = Start.of(start, width=width, height=height, chunk=settings.chunk)
         video = Generation(
             model,
             config,
@@ -183,6 +200,23 @@ class SFPPLongSampler(io.ComfyNode):
             geometry=geometry,
             settings=settings,
             seed=video_seed,
+            start=opening,
             maker=cls.hidden.unique_id,
         )
+        _host.say("\n".join(remarks(video, model, config)))
         return io.NodeOutput(LazyLatent(video))
+
+
+def remarks(video: Generation, model: Any, config: StudentConfig) -> list[str]:
+    """Return what the user should know before the run, most important first; all of it is logged too."""
+    found = []
+    if not causal(model):
+        found.append(NOT_CAUSAL)
+    if ignored := _host.additions_without_effect(model):
+        found.append(f"Without effect in the Long Sampler: {', '.join(ignored)} on the MODEL.")
+    for warning in found:
+        logger.warning("%s", warning)
+    needed = memory_needed(model, config, video.geometry, video.settings)
+    facts = [f"needs {needed}"] if video.start is None else [in_words(video.start), f"needs {needed}"]
+    logger.info("%s: %s", video, "; ".join(facts))
+    return found + facts

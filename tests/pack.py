@@ -88,6 +88,10 @@ def load():
         host.parameter_reader = lambda model: lambda parameter: parameter
         host.seal = lambda path, metadata: host.sealed.append((path, metadata))
         host.sealed, host.metadata_of = [], lambda node: {"workflow": "w"}
+        host.marked_causal = lambda model: False
+        host.additions_without_effect = lambda model: []
+        host.latent_colours = lambda: (torch.eye(16)[:, :3], torch.zeros(3))
+        host.attached = lambda model: getattr(model, "settings", None)
         host.blocked = lambda message: ("blocked", message)
         host.video = host.player = lambda *values: values
         sys.modules |= {NAME: package, host.__name__: host}

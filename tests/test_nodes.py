@@ -248,7 +248,7 @@ def test_an_enlargement_no_player_takes_is_refused_before_anything_is_made():
     settings = {"filename_prefix": "a", "image_seconds": 0}
     with pytest.raises(ValueError, match="enlarge is 3; at 4096x16 use 1 to 2"):
         decoding.SFPPDecodeToVideo.execute(
-            LazyLatent(source), SimpleNamespace(stream=Stream), enlarge=3, **settings
+            LazyLatent(source), vae=SimpleNamespace(stream=Stream), enlarge=3, **settings
         )
     assert source.reads == 0
 

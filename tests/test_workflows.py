@@ -14,11 +14,11 @@ SURFACE = {
     "SFPPLoadDemo": ([], ["CLIP", "VAE"]),
     "SFPPCacheSettings": (["window", "sink", "sink_positions"], ["SFPP_CACHE"]),
     "SFPPLongSampler": (
-        ["model", "conditioning", "width", "height", "seconds", "video_seed", "cache"],
+        ["model", "conditioning", "width", "height", "seconds", "video_seed", "cache", "start"],
         ["LATENT"],
     ),
     "SFPPDecodeToVideo": (
-        ["samples", "vae", "filename_prefix", "enlarge", "image_seconds"],
+        ["samples", "filename_prefix", "enlarge", "image_seconds", "vae", "decoder", "tile"],
         ["VIDEO", "IMAGE"],
     ),
 }

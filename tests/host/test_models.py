@@ -72,9 +72,7 @@ def assert_same(seen, expected, tolerance=2e-3):
 
 
 @pytest.mark.parametrize("metadata", [None, files.CAUSAL], ids=["plain", "marked"])
-def test_core_loads_a_wan_and_it_computes_what_the_package_computes(
-    host, folder, weights, words, metadata
-):
+def test_core_loads_a_wan_and_it_computes_what_the_package_computes(host, folder, weights, words, metadata):
     files.write(folder / "diffusion_models/own.safetensors", weights, metadata)
     assert_same(latent(host, sampling(core_loader("own.safetensors"))), files.alone(weights, words))
 
