@@ -176,12 +176,6 @@ def to_host_latent(latent: Tensor) -> Tensor:
     return comfy.latent_formats.Wan21().process_out(latent)
 
 
-def latent_colours() -> tuple[Tensor, Tensor]:
-    """Return the host's colours of Wan's normalised latents in [-1, 1]: ``(C, 3)``, and ``(3,)`` of zero."""
-    space = comfy.latent_formats.Wan21()
-    return torch.tensor(space.latent_rgb_factors), torch.tensor(space.latent_rgb_factors_bias)
-
-
 def stop_if_cancelled() -> None:
     """Raise ComfyUI's own interrupt if the user pressed Cancel."""
     comfy.model_management.throw_exception_if_processing_interrupted()

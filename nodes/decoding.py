@@ -16,11 +16,10 @@ from ..sfpp_core.outputs import SHOWN_SIDE, automatic_enlargement, check_enlarge
 from ..sfpp_core.video import check_output, forecast_bytes, open_writer
 from . import _host
 from ._host import io
-from .host_decoder import Stream, stream_of
+from .host_decoder import PreviewStream, Stream, stream_of
 from .lazy_latent import ChunkSource, source_of
 from .pace import Pace
 from .plain_errors import plain_errors
-from .preview_decoder import PreviewStream
 
 VAE = "vae"
 """Choice of decoder: what is connected."""

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..sfpp_core.errors import SettingsError
+from ..sfpp_core.latent_space import WAN_2_1
+from ..sfpp_core.preview_decoder import PreviewDecoder
 from ._host import from_host_latent, load
 from .tiles import TiledStream
 
@@ -100,6 +102,17 @@ class WanStream:
             if isinstance(old, Tensor) and isinstance(new, Tensor) and new is not old and new.shape[2] == 1:
                 self._features[index] = torch.cat((old[:, :, -1:], new), dim=2)
         return torch.cat(out, dim=2) if isinstance(out, list) else out
+
+
+class PreviewStream:
+    """No autoencoder: one colour per latent cell, for rough pictures at once."""
+
+    def __init__(self) -> None:
+        self._decoder = PreviewDecoder(WAN_2_1)
+
+    def decode(self, chunk: Tensor) -> Tensor:
+        """Return the frames of the next chunk."""
+        return self._decoder.decode(from_host_latent(chunk))[0].cpu()
 
 
 class TinyStream:

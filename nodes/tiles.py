@@ -3,13 +3,15 @@
 Legend: T latent frames, F frames, H and W pixels, h and w latent cells.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import product
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..sfpp_core.geometry import SPATIAL_STRIDE
+from ..sfpp_core.tiling import spans
 
 SMALLEST = 16
 """Smallest side of a square, in latent cells; half of it and more would be overlap otherwise."""
@@ -42,28 +44,20 @@ class TiledStream:
 
     def decode(self, chunk: Tensor) -> Tensor:
         """Return the frames ``(F, 3, H, W)`` of the next ``(1, C, T, h, w)``."""
-        height, width = chunk.shape[3:]
-        canvas = weights = None
-        for top, left in self._corners(height, width):
-            part = chunk[..., top : top + self._tile, left : left + self._tile]
-            frames = self._frames((top, left), part)
-            if canvas is None or weights is None:
-                size = height * SPATIAL_STRIDE, width * SPATIAL_STRIDE
-                canvas, weights = frames.new_zeros(*frames.shape[:2], *size), frames.new_zeros(size)
-            rows = _ramp(top, part.shape[3], height, self._overlap)
-            columns = _ramp(left, part.shape[4], width, self._overlap)
-            share = rows[:, None] * columns
-            y, x = top * SPATIAL_STRIDE, left * SPATIAL_STRIDE
-            place = (..., slice(y, y + share.shape[0]), slice(x, x + share.shape[1]))
-            canvas[place] += frames * share
-            weights[place] += share
-        assert canvas is not None
-        return canvas / weights
-
-    @property
-    def _overlap(self) -> int:
-        """Latent cells two neighbours share."""
-        return self._tile // 4
+        rows, columns = (
+            spans(cells, self._tile, self._tile // 4, SPATIAL_STRIDE) for cells in chunk.shape[3:]
+        )
+        whole = torch.empty(0)
+        for row, column in product(rows, columns):
+            part = chunk[..., row.start : row.stop, column.start : column.stop]
+            frames = self._frames((row.start, column.start), part)
+            if not whole.numel():
+                whole = frames.new_zeros(
+                    *frames.shape[:2], *(cells * SPATIAL_STRIDE for cells in chunk.shape[3:])
+                )
+            area = (slice(side.start * SPATIAL_STRIDE, side.stop * SPATIAL_STRIDE) for side in (row, column))
+            whole[(..., *area)] += frames * (row.share[:, None] * column.share)
+        return whole
 
     def _frames(self, corner: tuple[int, int], part: Tensor) -> Tensor:
         """Decode the next chunk of one square."""
@@ -73,26 +67,3 @@ class TiledStream:
         frames = stream.decode(part)
         stream.park()
         return frames
-
-    def _corners(self, height: int, width: int) -> Iterator[tuple[int, int]]:
-        """Yield the top left corner of every square."""
-        for top in _starts(height, self._tile, self._overlap):
-            for left in _starts(width, self._tile, self._overlap):
-                yield top, left
-
-
-def _starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Return where the squares along one side start. Of 60 cells, tiles of 32 start at 0, 24 and 28."""
-    if size <= tile:
-        return [0]
-    starts = list(range(0, size - tile, tile - overlap))
-    return [*starts, size - tile]
-
-
-def _ramp(start: int, cells: int, size: int, overlap: int) -> Tensor:
-    """Return the share of a square along one side, per pixel: full inside, fading towards neighbours."""
-    pixels, fade = cells * SPATIAL_STRIDE, overlap * SPATIAL_STRIDE
-    near = torch.arange(1, pixels + 1).float() / (fade + 1)
-    before = near if start else torch.ones(pixels)
-    after = near.flip(0) if start + cells < size else torch.ones(pixels)
-    return torch.minimum(before, after).clamp(max=1)

@@ -90,7 +90,6 @@ def load():
         host.sealed, host.metadata_of = [], lambda node: {"workflow": "w"}
         host.marked_causal = lambda model: False
         host.additions_without_effect = lambda model: []
-        host.latent_colours = lambda: (torch.eye(16)[:, :3], torch.zeros(3))
         host.attached = lambda model: getattr(model, "settings", None)
         host.blocked = lambda message: ("blocked", message)
         host.video = host.player = lambda *values: values
