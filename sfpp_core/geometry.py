@@ -55,6 +55,9 @@ class VideoGeometry:
     chunk: int = 3
     """Latent frames generated together."""
 
+    lead: int = 0
+    """Latent frames before chunk 0: 1 for a video that starts from an image, else 0. See ``lead_of``."""
+
     def __post_init__(self) -> None:
         step = SPATIAL_STRIDE * PATCH
         for name in ("height", "width"):
@@ -66,17 +69,19 @@ class VideoGeometry:
             raise GeometryError(f"frames is {self.frames}; ask for at least 1.")
         if self.chunk < 1:
             raise GeometryError(f"chunk is {self.chunk} latent frames; it must be at least 1.")
+        if self.lead not in (0, 1):
+            raise GeometryError(f"lead is {self.lead} latent frames; it must be 0, or 1 for an image.")
 
     @property
     def chunks(self) -> int:
-        """Chunks needed to cover ``frames``."""
+        """Chunks needed to cover ``frames``, after the lead."""
         latent_frames = -(-(self.frames - 1) // TEMPORAL_STRIDE) + 1
-        return -(-latent_frames // self.chunk)
+        return -(-(latent_frames - self.lead) // self.chunk)
 
     @property
     def latent_frames(self) -> int:
-        """Latent frames the whole rollout produces: a whole number of chunks."""
-        return self.chunks * self.chunk
+        """Latent frames of the whole rollout: the lead and a whole number of chunks."""
+        return self.lead + self.chunks * self.chunk
 
     @property
     def seconds(self) -> float:
@@ -98,11 +103,41 @@ class VideoGeometry:
         """``(T, H, W)`` of one chunk in latent space."""
         return self.chunk, self.height // SPATIAL_STRIDE, self.width // SPATIAL_STRIDE
 
-    def frames_of(self, latent_frames: int) -> int:
+    @staticmethod
+    def frames_of(latent_frames: int) -> int:
         """Return the frames decoded from the first ``latent_frames`` of a video."""
         return max(0, 1 + (latent_frames - 1) * TEMPORAL_STRIDE)
 
     def frames_kept(self, chunk: int) -> int:
-        """Return how many of the frames decoded from ``chunk`` belong to the video: all but in the last."""
-        before = self.frames_of(chunk * self.chunk)
-        return min(self.frames, self.frames_of((chunk + 1) * self.chunk)) - before
+        """Return how many of the frames decoded from ``chunk`` belong to the video: all but in the last.
+
+        The lead is decoded with chunk 0.
+        """
+        return self.frames_until(chunk) - (self.frames_until(chunk - 1) if chunk else 0)
+
+    def frames_until(self, chunk: int) -> int:
+        """Return the frames of the video once ``chunk`` is decoded."""
+        return min(self.frames, self.frames_of(self.lead + (chunk + 1) * self.chunk))
+
+
+def lead_of(latent_frames: int, *, chunk: int) -> int:
+    """Return the lead of a video that starts with ``latent_frames`` given ones: 0, or 1 for an image.
+
+    Whole chunks are a clip and have no lead. One more is an image, or a clip whose first latent frame stands
+    alone; with chunks of 1 an image is a chunk.
+
+    Raises:
+        GeometryError: That many latent frames cannot start a video.
+    """
+    over = latent_frames % chunk
+    if latent_frames > 0 and over < 2:
+        return over
+    after = max(latent_frames - over, 0) + chunk
+    fitting = [count for count in (after - chunk + 1, after) if count > 0]
+    sizes = " or ".join(
+        f"{VideoGeometry.frames_of(count)} frames ({count} latent frames)" for count in fitting
+    )
+    raise GeometryError(
+        f"the start holds {latent_frames} latent frames; with chunks of {chunk} a start is whole chunks, or "
+        f"one latent frame and whole chunks: encode {sizes}."
+    )

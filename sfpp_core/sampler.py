@@ -9,13 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .cache_shape import CacheShape, StorageKind
 from .config import RolloutSettings
 from .errors import NumericsError, SettingsError
 from .geometry import VideoGeometry
-from .kv_cache import CacheShape, RollingKVCache
+from .kv_cache import RollingKVCache
 from .noise import ChunkNoise
 from .rollout import rollout
 from .schedule import FewStepSchedule
+from .start import check_start, given_chunks
 from .student import CausalStudent
 
 
@@ -45,6 +47,9 @@ class LongSampler:
     device: torch.device | str = "cpu"
     """Where the student computes."""
 
+    storage: StorageKind = "plain"
+    """How keys and values are kept."""
+
     def __post_init__(self) -> None:
         if self.geometry.chunk != self.settings.chunk:
             raise SettingsError(
@@ -53,39 +58,49 @@ class LongSampler:
             )
 
     @torch.inference_mode()
-    def chunks(self, embeddings: Tensor, *, past: Sequence[Tensor] = ()) -> Iterator[Tensor]:
-        """Yield the clean chunks after ``past``, oldest first.
+    def chunks(
+        self, embeddings: Tensor, *, start: Tensor | None = None, past: Sequence[Tensor] = ()
+    ) -> Iterator[Tensor]:
+        """Yield the clean chunks of the video after ``past``, oldest first, the given ones among them.
 
         Args:
             embeddings: Text embeddings, ``(B, tokens, text_dim)``.
-            past: Every chunk of this run already made. Their clean passes are run again, which costs a fifth
-                of making them and gives exactly the memory they left.
+            start: Latents the video starts with, ``(B, C, T, H, W)``, normalised: whole chunks (a clip), or
+                one latent frame and whole chunks (an image: one latent frame and none). ``geometry`` counts
+                them, and its ``lead`` is that of ``lead_of``.
+            past: Every chunk of this run already yielded. Their clean passes are run again, which costs a
+                fifth of making them and gives exactly the memory they left.
 
         Yields:
-            ``(B, C, T, H, W)``, normalised latents, float32, on ``device``.
+            ``(B, C, T, H, W)``, normalised latents, float32, on ``device``. T is the chunk; the first is
+            longer by the lead.
 
         Raises:
+            GeometryError: ``start`` does not fit; see ``check_start``.
             NumericsError: A chunk holds a number that is not finite. It is not yielded; but on CUDA, where
                 waiting for the answer would hold up the GPU, one such chunk at most is, and never the last.
         """
         config = self.student.config
+        check_start(start, self.geometry, batch=len(embeddings), channels=config.channels)
+        given = given_chunks(start, past, self.geometry)
         bound = self.student.bind(embeddings.to(self.device))
         like = torch.empty(len(embeddings), config.channels, *self.geometry.chunk_shape, device=self.device)
         shape = CacheShape.of(config, self.geometry, self.settings)
-        cache = RollingKVCache(shape, batch=len(embeddings), like=like.to(self.student.dtype))
-        for chunk, clean in enumerate(past):
-            cache.open(chunk)
-            bound.remember(clean.to(like), cache)
-            cache.close()
+        cache = RollingKVCache(
+            shape, batch=len(embeddings), like=like.to(self.student.dtype), storage=self.storage
+        )
         schedule = FewStepSchedule.uniform(self.settings.steps, shift=self.settings.shift)
         noise = ChunkNoise(self.seed)
-        made = rollout(bound, noise, schedule, cache, chunks=self.geometry.chunks, like=like, start=len(past))
+        chunks, lead = self.geometry.chunks, self.geometry.lead
+        made = rollout(bound, noise, schedule, cache, chunks=chunks, like=like, start=-lead, given=given)
         check = _FiniteCheck(self.student.dtype, late=like.is_cuda)
-        for chunk, clean in enumerate(made, start=len(past)):
-            check.add(chunk, clean)
-            if chunk + 1 == self.geometry.chunks:
+        for chunk, clean in enumerate(made, start=-lead):
+            if chunk + lead >= len(given):
+                check.add(chunk, clean)
+            if chunk + 1 == chunks:
                 check.settle()  # here, not after the loop: a caller who counts never comes back
-            yield clean
+            if chunk >= len(past):
+                yield torch.cat((given[0].to(like), clean), dim=2) if lead and chunk == 0 else clean
 
 
 class _FiniteCheck:

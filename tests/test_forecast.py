@@ -67,7 +67,7 @@ def test_weights_cache_and_text_are_exact(dtype):
     assert expected.weights == nbytes(*network.parameters())
     shape = CacheShape.of(CONFIG, geometry(), settings)
     cache = RollingKVCache(shape, batch=1, like=torch.empty(0, dtype=dtype))
-    assert expected.cache == nbytes(cache._k, cache._v, cache._true_sink)
+    assert expected.cache == nbytes(*cache.storage.tensors())
     bound = CausalStudent(network, CONFIG).bind(tiny.text(CONFIG))
     assert expected.text == nbytes(*(tensor for pair in bound._text for tensor in pair))
     assert expected.total == sum(

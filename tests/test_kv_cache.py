@@ -71,7 +71,7 @@ def test_a_relative_sink_stands_right_before_the_rest_of_the_window():
 
 def test_memory_does_not_grow():
     cache = ring(window=2)
-    before = sum(part.numel() for part in (cache._k, cache._v))
+    before = sum(part.numel() for part in cache.storage.tensors())
     for chunk in range(50):
         cache.open(chunk)
         value = torch.full((1, HEADS, TOKENS, DIM), float(chunk))
@@ -79,7 +79,7 @@ def test_memory_does_not_grow():
         cache.close()
     assert seen.shape[2] == 2 * TOKENS
     assert sorted(seen[0, 0, ::TOKENS, 0].tolist()) == [48.0, 49.0]
-    assert seen.data_ptr() == cache._k.data_ptr()
+    assert seen.data_ptr() == cache.storage.tensors()[0].data_ptr()
     assert before == cache.shape.numbers
 
 
