@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..sfpp_core.attention import Attend, choose
+from ..sfpp_core.cache_shape import StorageKind
 from ..sfpp_core.config import RolloutSettings, StudentConfig
 from ..sfpp_core.errors import CheckpointError, NumericsError
 from ..sfpp_core.geometry import TEMPORAL_STRIDE, VideoGeometry
@@ -89,6 +90,7 @@ class Generation:
         settings: RolloutSettings,
         seed: int,
         start: Start | None = None,
+        storage: StorageKind = "plain",
         maker: str | None = None,
     ) -> None:
         """Keep everything; nothing is loaded or computed before the first chunk is asked for."""
@@ -97,6 +99,7 @@ class Generation:
         self.settings = settings
         self.seed = seed
         self.start = start
+        self.storage: StorageKind = storage
         self._finished: list[Tensor] = []
         self._recipe: tuple[Any, StudentConfig, Tensor] | None = (model, config, embeddings)
 
@@ -108,12 +111,12 @@ class Generation:
     @property
     def latent_frames(self) -> int:
         """Latent frames of all chunks together, those of the start included."""
-        return self._opening + self.geometry.chunks * self.geometry.chunk
+        return self.geometry.latent_frames
 
     @property
     def total_chunks(self) -> int:
         """Chunks of the whole video, and pieces of the start."""
-        return self.geometry.chunks + (0 if self.start is None else self.start.pieces)
+        return self._fresh + (0 if self.start is None else self.start.pieces)
 
     @property
     def kept(self) -> int:
@@ -126,9 +129,10 @@ class Generation:
         return self.geometry.width, self.geometry.height
 
     @property
-    def _opening(self) -> int:
-        """Latent frames of the start."""
-        return 0 if self.start is None else self.start.latent_frames
+    def _fresh(self) -> int:
+        """Chunks to generate."""
+        given = 0 if self.start is None else self.start.latent_frames // self.geometry.chunk
+        return self.geometry.chunks - given
 
     def __str__(self) -> str:
         done = f"{self.kept} of {self.total_chunks} chunks"
@@ -154,7 +158,7 @@ class Generation:
             try:
                 for clean in fresh:
                     self._finished.append(clean)
-                    if len(self._finished) == self.geometry.chunks:
+                    if len(self._finished) == self._fresh:
                         self._recipe = None
                     yield _host.to_host_latent(clean)
             except NumericsError:
@@ -179,7 +183,7 @@ class Generation:
         assert self._recipe is not None
         model, config, embeddings = self._recipe
         models = [model, *beside]
-        needed = memory_needed(model, config, self.geometry, self.settings)
+        needed = memory_needed(model, config, self)
         _host.load(models, needed.activations + needed.remembered)
         with _host.running(model):
             sampler = LongSampler(
@@ -188,16 +192,28 @@ class Generation:
                 settings=self.settings,
                 seed=self.seed,
                 device=model.load_device,
+                storage=self.storage,
             )
             if self._finished:
                 _host.say(f"going on after chunk {self.kept} of {self.total_chunks}")
-            start = _host.from_host_latent(torch.cat(opening, dim=2)) if opening else None
-            extra = {} if start is None else {"start": start}
-            made = sampler.chunks(embeddings, past=list(self._finished), **extra)
-            for _ in range(len(self._finished), self.geometry.chunks):
+            start, past = self._given(opening)
+            made = sampler.chunks(embeddings, start=start, past=past)
+            for _ in range(len(self._finished), self._fresh):
                 # Whoever used the last chunk may have pushed the model out; if not, this costs nothing.
                 _host.load(models, needed.activations)
-                yield next(made).cpu()
+                yield next(made)[:, :, -self.geometry.chunk :].cpu()
+
+    def _given(self, opening: list[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+        """Return the start and the past as the sampler wants them: an image belongs to the first chunk."""
+        if not opening:
+            return None, list(self._finished)
+        start, lead = _host.from_host_latent(torch.cat(opening, dim=2)), self.geometry.lead
+        chunks = [*start[:, :, lead:].split(self.geometry.chunk, dim=2), *self._finished]
+        if not chunks[0].shape[2]:  # an image alone
+            chunks = chunks[1:]
+        if not chunks:
+            return start, []
+        return None, [torch.cat((start[:, :, :lead], chunks[0]), dim=2), *chunks[1:]]
 
     def _student(self, model: Any, config: StudentConfig) -> CausalStudent:
         """Return the student over the layers of ``model``."""

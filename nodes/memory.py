@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from ..sfpp_core.cache_shape import StorageKind
 from ..sfpp_core.config import RolloutSettings, StudentConfig
 from ..sfpp_core.forecast import forecast
 from ..sfpp_core.geometry import VideoGeometry
@@ -12,6 +13,14 @@ from . import _host
 
 FLOAT32 = 4
 """Bytes of a number of a latent."""
+
+
+class Run(Protocol):
+    """What of a run decides how much memory it takes."""
+
+    geometry: VideoGeometry
+    settings: RolloutSettings
+    storage: StorageKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,23 +33,24 @@ class Needed:
     remembered: int
     """Keys and values of a full window, and of the text. Does not depend on the length of the video."""
 
-    latents: int
-    """Finished latents, in main memory."""
+    main: int
+    """Main memory: finished latents, and the part of the cache that was put there."""
 
     def __str__(self) -> str:
         return (
             f"{in_words(self.remembered + self.activations)} beside the weights "
-            f"({in_words(self.remembered)} of it to remember), {in_words(self.latents)} of main memory"
+            f"({in_words(self.remembered)} of it to remember), {in_words(self.main)} of main memory"
         )
 
 
-def memory_needed(
-    model: Any, config: StudentConfig, geometry: VideoGeometry, settings: RolloutSettings
-) -> Needed:
+def memory_needed(model: Any, config: StudentConfig, run: Run) -> Needed:
     """Return what a rollout over the layers of ``model`` takes."""
-    ours = forecast(config, geometry, settings, _host.compute_dtype(model))
+    ours = forecast(config, run.geometry, run.settings, _host.compute_dtype(model), storage=run.storage)
+    geometry = run.geometry
     theirs = _host.activation_bytes(model, (1, config.channels, *geometry.chunk_shape))
-    latents = geometry.chunks * config.channels * math.prod(geometry.chunk_shape) * FLOAT32
+    pixels = geometry.latent_frames * math.prod(geometry.chunk_shape[1:])
     return Needed(
-        activations=max(theirs, ours.activations), remembered=ours.cache + ours.text, latents=latents
+        activations=max(theirs, ours.activations),
+        remembered=ours.cache + ours.text,
+        main=ours.cache_on_host + pixels * config.channels * FLOAT32,
     )

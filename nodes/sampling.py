@@ -2,11 +2,12 @@
 
 import logging
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
+from ..sfpp_core.cache_shape import StorageKind
 from ..sfpp_core.conditioning import fit_text
 from ..sfpp_core.config import RolloutSettings, StudentConfig
-from ..sfpp_core.geometry import VideoGeometry, frames_in
+from ..sfpp_core.geometry import VideoGeometry, frames_in, lead_of
 from . import _host
 from ._host import io
 from .conditioning import embeddings_of
@@ -39,8 +40,11 @@ class CacheChoice:
     sink: int
     sink_positions: str
 
+    storage: StorageKind = "plain"
+    """How keys and values are kept."""
+
     def __str__(self) -> str:
-        return f"window {self.window}, sink {self.sink} ({self.sink_positions})"
+        return f"window {self.window}, sink {self.sink} ({self.sink_positions}), {self.storage}"
 
     def over(self, settings: RolloutSettings) -> RolloutSettings:
         """Return ``settings`` with these in their place.
@@ -87,15 +91,25 @@ class SFPPCacheSettings(io.ComfyNode):
                     tooltip="Where attention places the sink: at its true time, or right before the rest of "
                     "the window.",
                 ),
+                io.Combo.Input(
+                    "storage",
+                    options=list(get_args(StorageKind)),
+                    default="plain",
+                    optional=True,
+                    tooltip="plain: on the card as computed, 6 GB at 832x480. fp8: half of that, a little "
+                    "less exact. host: in main memory, fetched layer by layer; slower. fp8-host: both.",
+                ),
             ],
             outputs=[Cache.Output(display_name="CACHE")],
         )
 
     @classmethod
     @plain_errors
-    def execute(cls, window: int, sink: int, sink_positions: str) -> io.NodeOutput:
+    def execute(
+        cls, window: int, sink: int, sink_positions: str, storage: StorageKind = "plain"
+    ) -> io.NodeOutput:
         """Hand the choice on; the sampler checks it against the student's chunk."""
-        return io.NodeOutput(CacheChoice(window, sink, sink_positions))
+        return io.NodeOutput(CacheChoice(window, sink, sink_positions, storage))
 
 
 class SFPPLongSampler(io.ComfyNode):
@@ -187,12 +201,13 @@ class SFPPLongSampler(io.ComfyNode):
         """Check everything and return a latent that is generated as it is read."""
         student = settings_of(model)
         settings = student.rollout if cache is None else cache.over(student.rollout)
-        geometry = VideoGeometry(width=width, height=height, frames=frames_in(seconds), chunk=settings.chunk)
         config = architecture(model, text_length=student.text_length)
         embeddings = fit_text(embeddings_of(conditioning), config)
-        opening = None
+        opening, frames, lead = None, frames_in(seconds), 0
         if start is not None:
             opening = Start.of(start, width=width, height=height, chunk=settings.chunk)
+            frames, lead = frames + opening.frames, lead_of(opening.latent_frames, chunk=settings.chunk)
+        geometry = VideoGeometry(width=width, height=height, frames=frames, chunk=settings.chunk, lead=lead)
         video = Generation(
             model,
             config,
@@ -201,6 +216,7 @@ class SFPPLongSampler(io.ComfyNode):
             settings=settings,
             seed=video_seed,
             start=opening,
+            storage="plain" if cache is None else cache.storage,
             maker=cls.hidden.unique_id,
         )
         _host.say("\n".join(remarks(video, model, config)))
@@ -216,7 +232,7 @@ def remarks(video: Generation, model: Any, config: StudentConfig) -> list[str]:
         found.append(f"Without effect in the Long Sampler: {', '.join(ignored)} on the MODEL.")
     for warning in found:
         logger.warning("%s", warning)
-    needed = memory_needed(model, config, video.geometry, video.settings)
+    needed = memory_needed(model, config, video)
     facts = [f"needs {needed}"] if video.start is None else [in_words(video.start), f"needs {needed}"]
     logger.info("%s: %s", video, "; ".join(facts))
     return found + facts

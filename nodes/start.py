@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..sfpp_core.errors import GeometryError
+from ..sfpp_core.geometry import TEMPORAL_STRIDE, VideoGeometry
 from .lazy_latent import ChunkSource, Finished, source_of
 
 PIECE = 3
@@ -63,6 +64,11 @@ class Start:
         return cls(source, chunk=chunk)
 
     @property
+    def frames(self) -> int:
+        """Frames it decodes to."""
+        return VideoGeometry.frames_of(self.latent_frames)
+
+    @property
     def dropped(self) -> int:
         """Latent frames at its end that do not fit."""
         return self.source.latent_frames - self.latent_frames
@@ -87,8 +93,8 @@ class Start:
 
 def in_words(start: Start) -> str:
     """Return what a video starts from, for people."""
-    frames = 1 + 4 * (start.latent_frames - 1)
-    text = "starts from an image" if frames == 1 else f"goes on after {frames} frames"
+    text = "starts from an image" if start.frames == 1 else f"goes on after {start.frames} frames"
     if start.dropped:
-        text += f"; the last {4 * start.dropped} frames of the clip are left out, as they fill no chunk"
+        frames = TEMPORAL_STRIDE * start.dropped
+        text += f"; the last {frames} frames of the clip are left out, as they fill no chunk"
     return text

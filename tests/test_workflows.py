@@ -12,7 +12,7 @@ NODES = schemas()
 SURFACE = {
     "SFPPLoadStudent": (["student"], ["MODEL"]),
     "SFPPLoadDemo": ([], ["CLIP", "VAE"]),
-    "SFPPCacheSettings": (["window", "sink", "sink_positions"], ["SFPP_CACHE"]),
+    "SFPPCacheSettings": (["window", "sink", "sink_positions", "storage"], ["SFPP_CACHE"]),
     "SFPPLongSampler": (
         ["model", "conditioning", "width", "height", "seconds", "video_seed", "cache", "start"],
         ["LATENT"],
