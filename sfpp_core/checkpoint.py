@@ -1,14 +1,14 @@
 """Students, and the words of the demo, on disk: saving, and loading straight into a network.
 
-Parameters carry Wan's own names in the file, and no others.
+What is saved carries Wan's own names and no others; what is loaded may carry any that are known.
 """
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,34 @@ from torch import Tensor, nn
 from .config import RolloutSettings, StudentConfig, to_table
 from .errors import CheckpointError
 from .inspection import HOST_KEY, STUDENT_KEY, TEACHER, WORDS_KEY, FileInfo, describe, listed
+from .naming import Choice
 from .network import WanNetwork
+from .presets import SELF_FORCING, of_family
+from .quantised import dequantised
+from .weights import Weights, open_weights
 from .weights_file import DTYPES, Header, read_header, read_tensors, write
 from .words import WordEncoder
 
 HOST_MARK = {"transformer": {"causal_ar": True}}
 """Tells core ComfyUI that a student generates chunk by chunk."""
 
+QUANTISED_DTYPE = torch.bfloat16
+"""What quantised weights become where no dtype is asked for."""
+
 logger = logging.getLogger(__name__)
+
+
+class Adapter(Protocol):
+    """A change to some weights of a model, e.g. a LoRA."""
+
+    @property
+    def changed(self) -> Set[str]:
+        """Wan's names of the parameters that change."""
+        ...
+
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        """Return the changed ``weight``, float32 as it came, of the parameter ``name``."""
+        ...
 
 
 def save(
@@ -64,57 +84,97 @@ def save(
 
 
 def load_student(
-    path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    path: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    adapters: Sequence[Adapter] = (),
+    choice: Choice = "auto",
 ) -> tuple[WanNetwork, StudentConfig, RolloutSettings]:
-    """Load a student; a plain Wan transformer too, with a warning.
+    """Load a student from any layout that Wan transformers have; one not trained causally with a warning.
 
     Tensors go one by one from the file into a network that has no memory of its own, so the peak is about the
     size of the result.
 
     Args:
-        path: File in Wan's naming.
+        path: File, index of shards, or folder, as for ``open_weights``.
         device: Where the weights go.
-        dtype: Dtype of the weights; ``None`` keeps that of the file.
+        dtype: Dtype of the weights; ``None`` keeps that of the file, and makes bfloat16 of quantised ones.
+        adapters: Changes to the weights, merged one after another in float32.
+        choice: Which weights of a training state: by default the averaged ones where there are any.
 
     Returns:
-        The network, frozen; its architecture; the settings it was trained with, or the defaults.
+        The network, frozen; its architecture; the settings it was trained with, or those of its family.
 
     Raises:
-        CheckpointError: Not a student, or a tensor is missing, unexpected, of another shape, or not finite.
+        CheckpointError: Not a student, or a tensor is missing, unexpected, mis-shaped, or not finite; or an
+            adapter changes something the student does not have.
     """
-    header = read_header(path)
-    info = check_student(path, header)
+    weights = open_weights(path)
+    info = check_student(path, weights, choice=choice)
     assert info.config is not None
+    _check_adapters(path, info, adapters)
     if not info.causal:
         logger.warning(
             "%s was not trained to generate chunk by chunk, as far as it says: expect poor video from it; a "
             "student trained with Self-Forcing does better.",
             path.name,
         )
+    if dtype is None and info.quantisation.scheme:
+        dtype = QUANTISED_DTYPE
     network = WanNetwork(info.config, device="meta")
-    for name, stored in read_tensors(path, header):
-        weights = _finite(path, name, stored, dtype, device)
-        module, _, leaf = name.removeprefix(info.prefix).rpartition(".")
-        setattr(network.get_submodule(module), leaf, nn.Parameter(weights, requires_grad=False))
-    return network.eval(), info.config, info.settings or RolloutSettings()
+    for name, stored in _parameters(weights, info):
+        merged = stored
+        for adapter in adapters:
+            if name in adapter.changed:
+                merged = adapter.merged(name, merged.float())
+        module, _, leaf = name.rpartition(".")
+        parameter = _finite(path, name, merged, dtype or stored.dtype, device)
+        setattr(network.get_submodule(module), leaf, nn.Parameter(parameter, requires_grad=False))
+    return network.eval(), info.config, info.settings or of_family(info.family or SELF_FORCING)
 
 
-def check_student(path: Path, header: Header | None = None) -> FileInfo:
-    """Return what ``path`` holds; its header must be that of a student that can be loaded.
+def _parameters(weights: Weights, info: FileInfo) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters by Wan's names, quantised ones as float32, one in memory at a time."""
+    wans = {stored: name for name, stored in info.names.items()}
+    for stored_name, stored in weights.read(wans):
+        name = wans[stored_name]
+        if name in info.quantisation.scales:
+            yield name, dequantised(stored, weights.tensor(info.quantisation.scales[name]))
+        else:
+            yield name, stored
+
+
+def _check_adapters(path: Path, info: FileInfo, adapters: Sequence[Adapter]) -> None:
+    """Refuse adapters that were made for another model."""
+    for adapter in adapters:
+        if foreign := sorted(adapter.changed - info.names.keys()):
+            raise CheckpointError(
+                f"an adapter changes {listed(foreign)}, which {path} lacks; choose another."
+            )
+
+
+def check_student(path: Path, weights: Weights | None = None, *, choice: Choice = "auto") -> FileInfo:
+    """Return what ``path`` holds; by names, shapes and dtypes it must be a student that can be loaded.
+
+    Args:
+        path: File, index of shards, or folder.
+        weights: What was opened there, if it was.
+        choice: Which weights of a training state.
 
     Raises:
         CheckpointError: As ``load_student``, but for numbers that are not finite.
     """
-    header = header or read_header(path)
-    info = describe(path, header)
+    weights = weights or open_weights(path)
+    info = describe(path, weights, choice=choice)
     if info.config is None:
         raise CheckpointError(
             f"{path} is not a student; it looks like {info.looks_like}. "
             "Choose a Wan 2.1 text-to-video student."
         )
-    _check_dtypes(path, header)
-    shapes = {name.removeprefix(info.prefix): entry.shape for name, entry in header.tensors.items()}
-    _check_tensors(path, shapes, info.config)
+    _check_tensors(
+        path, {name: weights.entries[stored].shape for name, stored in info.names.items()}, info.config
+    )
     return info
 
 
@@ -173,7 +233,10 @@ def _check_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], config: St
     """Refuse tensors that are not exactly those of ``config``."""
     wanted = parameter_shapes(config)
     if missing := [name for name in wanted if name not in shapes]:
-        raise CheckpointError(f"{path} lacks {listed(missing)}; is it complete? Get it again.")
+        raise CheckpointError(
+            f"{path} lacks {listed(missing)}; is it complete? Get it again, or name the folder if it is one "
+            "of several shards."
+        )
     if foreign := [name for name in shapes if name not in wanted]:
         raise CheckpointError(
             f"{path} has tensors that Wan 2.1 text-to-video has not: {listed(foreign)}; choose another file."
@@ -199,7 +262,7 @@ def _check_dtypes(path: Path, header: Header) -> None:
     for name, entry in header.tensors.items():
         if entry.dtype not in DTYPES:
             raise CheckpointError(
-                f"{path}: {name} is {entry.dtype}; quantised weights are not read, use {', '.join(DTYPES)}."
+                f"{path}: {name} is {entry.dtype}; words are kept in {', '.join(DTYPES)}. Save it again."
             )
 
 

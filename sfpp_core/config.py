@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar, get_args
 
 from .errors import SettingsError
+from .schedule import FewStepSchedule
 
 SinkPositions = Literal["absolute", "relative"]
 """Where attention places the sink: at its true time, or right before the rest of the window."""
@@ -67,6 +68,9 @@ WAN_1_3B = StudentConfig(dim=1536, ffn_dim=8960, heads=12, layers=30)
 WAN_14B = StudentConfig(dim=5120, ffn_dim=13824, heads=40, layers=40)
 """Wan2.1-T2V-14B."""
 
+WAN_5B = StudentConfig(dim=3072, ffn_dim=14336, heads=24, layers=30, channels=48)
+"""Wan2.2-TI2V-5B: latents of Wan 2.2's own VAE."""
+
 DEMO = StudentConfig(dim=256, ffn_dim=1024, heads=2, layers=4, text_length=16)
 """The embedded demo student: Wan's architecture, small sizes."""
 
@@ -93,6 +97,13 @@ class RolloutSettings:
     sink_positions: SinkPositions = "absolute"
     """Where attention places the sink."""
 
+    sigmas: tuple[float, ...] = ()
+    """Noise level of each step, falling from 1. Empty: they follow from ``steps`` and ``shift``."""
+
+    overlap: int = 0
+    """Latent frames a window shares with the one before, if each starts anew, as in CausVid. 0: one window
+    rolls, and nothing is ever computed again."""
+
     def __post_init__(self) -> None:
         if self.chunk < 1:
             raise SettingsError(f"chunk is {self.chunk} latent frames; it must be at least 1.")
@@ -100,9 +111,17 @@ class RolloutSettings:
             raise SettingsError(f"steps is {self.steps}; it must be from 1 to 100, e.g. 4.")
         if not self.shift > 0:
             raise SettingsError(f"shift is {self.shift}; it must be above 0, e.g. 5.")
+        if self.sigmas and len(self.sigmas) != self.steps:
+            raise SettingsError(
+                f"steps is {self.steps}, but sigmas lists {len(self.sigmas)} noise levels; change both, or "
+                "leave sigmas empty."
+            )
         if self.sink_positions not in get_args(SinkPositions):
             raise SettingsError(f"sink_positions is {self.sink_positions!r}; use 'absolute' or 'relative'.")
         self._check_window()
+        if self.overlap:
+            self._check_overlap()
+        self.schedule()
 
     def _check_window(self) -> None:
         """Refuse windows and sinks that are no whole chunks or leave no room to generate."""
@@ -127,6 +146,29 @@ class RolloutSettings:
                 f"window of {self.window}; use a sink of at most {self.window - self.chunk}."
             )
 
+    def _check_overlap(self) -> None:
+        """Refuse overlaps that are no whole chunks, leave no room to generate, or meet a sink."""
+        if self.overlap < 0 or self.overlap % self.chunk or self.overlap > self.window - self.chunk:
+            raise SettingsError(
+                f"overlap is {self.overlap} latent frames; it must be a multiple of the chunk, {self.chunk}, "
+                f"from 0 to {self.window - self.chunk}."
+            )
+        if self.sink:
+            raise SettingsError(
+                f"overlap is {self.overlap} and sink {self.sink}; a window that starts anew keeps no sink: "
+                "set one of them to 0."
+            )
+
+    def schedule(self) -> FewStepSchedule:
+        """Return the noise levels of one chunk.
+
+        Raises:
+            SettingsError: ``sigmas`` do not fall from 1, or reach 0.
+        """
+        if self.sigmas:
+            return FewStepSchedule(self.sigmas)
+        return FewStepSchedule.uniform(self.steps, shift=self.shift)
+
     @property
     def window_chunks(self) -> int:
         """Window in chunks."""
@@ -136,6 +178,11 @@ class RolloutSettings:
     def sink_chunks(self) -> int:
         """Sink in chunks."""
         return self.sink // self.chunk
+
+    @property
+    def overlap_chunks(self) -> int:
+        """Overlap in chunks."""
+        return self.overlap // self.chunk
 
 
 def to_table(settings: StudentConfig | RolloutSettings) -> dict[str, Any]:
@@ -158,6 +205,8 @@ def from_table(kind: type[T], table: dict[str, Any], *, where: str) -> T:
     if unknown := sorted(set(table) - known):
         raise SettingsError(f"{where}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}.")
     try:
-        return kind(**table)
+        return kind(
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
+        )
     except TypeError as error:
         raise SettingsError(f"{where}: {error}.") from error

@@ -1,18 +1,22 @@
-"""What a weights file holds, from its header alone.
+"""What weights on disk hold, from names, shapes and metadata alone.
 
 Quoted parameter names such as ``blocks.0.ffn.0.weight`` are Wan's own and canonical here.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
-from .config import RolloutSettings, StudentConfig, from_table
+from . import adapter_signs
+from .config import WAN_14B, RolloutSettings, StudentConfig, from_table
 from .errors import CheckpointError, SettingsError
+from .naming import GENERATOR, Choice, Layout, find_layout
+from .presets import SELF_FORCING
+from .quantised import Quantisation, separate
 from .tiny_autoencoder import METADATA_KEY as AUTOENCODER_KEY
-from .weights_file import Header, read_header
+from .weights import Contents, open_weights
 
 STUDENT_KEY = "sfpp"
 """Metadata: JSON table with ``student``, ``rollout``, ``stage`` and whatever training noted."""
@@ -26,23 +30,23 @@ HOST_KEY = "config"
 TEACHER = "teacher"
 """The one stage whose result does not generate chunk by chunk."""
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
-"""Put before Wan's names by some tools; one of them at most is removed."""
-
 HEAD_DIM = 128
 """Channels of one attention head in every published Wan; assumed where a file does not say."""
 
 LONGEST_TEXT = 8192
 """Text embeddings a student may ask for; more is a damaged file."""
 
-Kind = Literal["student", "wan", "autoencoder", "words", "unknown"]
-"""A transformer with our metadata, any other of Wan, the demo's autoencoder, its words, something else."""
+Kind = Literal["student", "wan", "adapter", "autoencoder", "words", "unknown"]
+"""A transformer with our metadata, any other of Wan, a LoRA, the demo's autoencoder or words, or none."""
 
 T = TypeVar("T", StudentConfig, RolloutSettings)
 
+_PART = "a part of a Wan transformer, perhaps one of its shards; name their folder"
+
 _FOREIGN: tuple[tuple[str, str], ...] = (
-    ("lora_", "a LoRA, which changes a model and is none by itself"),
-    ("condition_embedder.", "a Wan transformer in the naming of diffusers; Wan's own naming is read"),
+    ("self_attn.norm_q.", _PART),
+    ("attn1.norm_q.", _PART),
+    ("condition_embedder.", _PART),
     ("input_blocks.", "a Stable Diffusion UNet"),
     ("double_blocks.", "a FLUX or HunyuanVideo transformer"),
     ("joint_blocks.", "a Stable Diffusion 3 transformer"),
@@ -79,8 +83,23 @@ class FileInfo:
     file_bytes: int
     """Size of the file."""
 
-    prefix: str = ""
-    """What stands before Wan's names."""
+    format: str = ""
+    """Naming and container, for people, e.g. ``diffusers, 3 shards``."""
+
+    quantisation: Quantisation = field(default_factory=Quantisation)
+    """How the weights are kept."""
+
+    names: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Where each parameter of a transformer is: stored name by Wan's name."""
+
+    choices: tuple[str, ...] = ()
+    """Sets of weights that can be chosen from, e.g. ``generator`` and ``generator_ema``."""
+
+    part: str = ""
+    """The one chosen."""
+
+    others: tuple[str, ...] = ()
+    """What else is in the file and not used, e.g. ``critic``."""
 
     config: StudentConfig | None = None
     """Architecture, if the file holds a transformer."""
@@ -91,6 +110,9 @@ class FileInfo:
     stage: str = ""
     """Training stage that made it, if the file says so, e.g. ``ode``."""
 
+    family: str = ""
+    """Whose way of rolling out fits, a name of ``presets``, as far as the file shows; else empty."""
+
     causal: bool = False
     """Whether the file says that it was trained to generate chunk by chunk."""
 
@@ -99,37 +121,47 @@ class FileInfo:
 
 
 def inspect(path: Path) -> FileInfo:
-    """Say what a file holds; no weight is loaded.
+    """Say what a file, an index of shards or a folder holds; no weight of a safetensors file is read.
 
     Raises:
-        CheckpointError: The file is missing, damaged or no safetensors file, or its metadata is impossible.
+        CheckpointError: It is missing, damaged or no weights, or its metadata is impossible.
     """
-    return describe(path, read_header(path))
+    return describe(path, open_weights(path))
 
 
-def describe(path: Path, header: Header) -> FileInfo:
-    """Say what the file with this header holds.
+def describe(path: Path, contents: Contents, *, choice: Choice = "auto") -> FileInfo:
+    """Say what these weights are.
+
+    Args:
+        path: Where they are.
+        contents: What was opened there.
+        choice: Which weights of a training state.
 
     Raises:
-        CheckpointError: Its metadata is impossible, or contradicts its tensors.
+        CheckpointError: Metadata is impossible or contradicts the tensors, tensors are kept in a way that is
+            not read, or their names are those of two files.
     """
     counts: dict[str, int] = {}
-    for entry in header.tensors.values():
+    for entry in contents.entries.values():
         counts[entry.dtype] = counts.get(entry.dtype, 0) + entry.numbers
     common: dict[str, Any] = {
         "path": path,
         "dtypes": tuple(sorted(counts, key=lambda name: -counts[name])),
-        "tensors": len(header.tensors),
+        "tensors": len(contents.entries),
         "parameters": sum(counts.values()),
-        "file_bytes": header.file_bytes,
+        "file_bytes": contents.file_bytes,
+        "format": contents.container,
     }
-    if (prefix := _wan_prefix(header)) is not None:
-        return _describe_transformer(path, header, prefix, common)
-    if AUTOENCODER_KEY in header.metadata:
+    layout = find_layout(path, contents.entries, parts=contents.parts, choice=choice)
+    if layout is not None:
+        return _describe_transformer(path, contents, layout, common)
+    if AUTOENCODER_KEY in contents.metadata:
         return FileInfo(**common, kind="autoencoder", looks_like="the demo's autoencoder")
-    if WORDS_KEY in header.metadata:
+    if WORDS_KEY in contents.metadata:
         return FileInfo(**common, kind="words", looks_like="the demo's words")
-    return FileInfo(**common, kind="unknown", looks_like=_recognise(header))
+    if adapter := adapter_signs.recognise(contents.entries):
+        return FileInfo(**common, kind="adapter", looks_like=adapter)
+    return FileInfo(**common, kind="unknown", looks_like=_recognise(contents))
 
 
 def listed(names: list[str], *, shown: int = 4) -> str:
@@ -138,14 +170,30 @@ def listed(names: list[str], *, shown: int = 4) -> str:
     return f"{first} and {len(names) - shown} more" if len(names) > shown else first
 
 
-def _describe_transformer(path: Path, header: Header, prefix: str, common: dict[str, Any]) -> FileInfo:
+def _describe_transformer(path: Path, contents: Contents, layout: Layout, common: dict[str, Any]) -> FileInfo:
     """Say what a Wan transformer is; our own metadata knows more than its shapes and must agree with them."""
-    shapes = {name.removeprefix(prefix): entry.shape for name, entry in header.tensors.items()}
-    table = header.table(STUDENT_KEY, where=str(path))
+    names, quantisation = separate(path, layout.names, contents.entries)
+    shapes = {name: contents.entries[stored].shape for name, stored in names.items()}
+    common |= {
+        "names": names,
+        "quantisation": quantisation,
+        "choices": layout.choices,
+        "part": layout.part,
+        "others": layout.others,
+    }
+    table = contents.table(STUDENT_KEY, where=str(path))
     if table is None:
         config = _config_from_shapes(path, shapes)
-        common |= {"prefix": prefix, "config": config, "causal": _has_host_mark(header)}
-        return FileInfo(**common, kind="wan", looks_like="a Wan transformer without settings of ours")
+        family = _family(layout, contents, config)
+        common["format"] = _format(layout, contents.container, family)
+        return FileInfo(
+            **common,
+            kind="wan",
+            looks_like="a Wan transformer without settings of ours",
+            config=config,
+            family=family,
+            causal=bool(family) or _has_host_mark(contents),
+        )
     where = f"{path}, metadata {STUDENT_KEY!r}"
     config = _read(StudentConfig, table.pop("student", None), where)
     settings = _read(RolloutSettings, table.pop("rollout", None), where)
@@ -155,13 +203,30 @@ def _describe_transformer(path: Path, header: Header, prefix: str, common: dict[
         **common,
         kind="student",
         looks_like="a teacher" if stage == TEACHER else "a student",
-        prefix=prefix,
         config=config,
         settings=settings,
         stage=stage,
         causal=stage != TEACHER,
         notes=table,
     )
+
+
+def _family(layout: Layout, contents: Contents, config: StudentConfig) -> str:
+    """Return whose student a transformer without metadata of ours is, or nothing if that cannot be seen."""
+    if layout.part in GENERATOR:
+        return SELF_FORCING
+    # Krea's is the only 14B published as the bare state dict of Self-Forcing's wrapper.
+    same_size = replace(config, text_dim=WAN_14B.text_dim, freq_dim=WAN_14B.freq_dim) == WAN_14B
+    return "krea" if layout.prefix == "model." and not contents.parts and same_size else ""
+
+
+def _format(layout: Layout, container: str, family: str) -> str:
+    """Return naming and container in words."""
+    if layout.part in GENERATOR:
+        return f"Self-Forcing, {container}, {layout.part}"
+    whose = "Krea" if family == "krea" else {"wan": "Wan", "diffusers": "diffusers"}[layout.naming]
+    under = f" under {layout.prefix}" if layout.prefix else ""
+    return f"{whose}{under}, {container}"
 
 
 def _read(kind: type[T], table: Any, where: str) -> T:
@@ -171,7 +236,7 @@ def _read(kind: type[T], table: Any, where: str) -> T:
     hints = get_type_hints(kind)
     for entry in fields(kind):
         value, hint = table.get(entry.name), hints[entry.name]
-        right = {int: (int,), float: (int, float)}.get(hint, (str,))
+        right = {int: (int,), float: (int, float), tuple[float, ...]: (list,)}.get(hint, (str,))
         if entry.name in table and type(value) not in right:
             raise CheckpointError(f"{where}: {entry.name} is {value!r:.40}; save the file again.")
     try:
@@ -194,18 +259,10 @@ def _check_agreement(path: Path, said: StudentConfig, seen: StudentConfig) -> No
         )
 
 
-def _wan_prefix(header: Header) -> str | None:
-    """Return what stands before Wan's names, or ``None`` if this is no Wan transformer."""
-    for prefix in ("", *PREFIXES):
-        if all(prefix + name in header.tensors for name in ("head.modulation", "patch_embedding.weight")):
-            return prefix
-    return None
-
-
-def _has_host_mark(header: Header) -> bool:
+def _has_host_mark(contents: Contents) -> bool:
     """Return whether the file carries core ComfyUI's mark of a student that generates chunk by chunk."""
     try:
-        return bool(json.loads(header.metadata[HOST_KEY])["transformer"]["causal_ar"])
+        return bool(json.loads(contents.metadata[HOST_KEY])["transformer"]["causal_ar"])
     except (KeyError, TypeError, ValueError, RecursionError):
         return False
 
@@ -244,9 +301,9 @@ def _config_from_shapes(
     )
 
 
-def _recognise(header: Header) -> str:
+def _recognise(contents: Contents) -> str:
     """Say what a file that is of no use here looks like."""
     for part, what in _FOREIGN:
-        if any(part in name for name in header.tensors):
+        if any(part in name for name in contents.entries):
             return what
-    return f"a model of an unknown kind (it begins with {listed(list(header.tensors)[:1]) or 'nothing'})"
+    return f"a model of an unknown kind (it begins with {listed(list(contents.entries)[:1]) or 'nothing'})"

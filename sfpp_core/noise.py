@@ -17,10 +17,13 @@ class ChunkNoise:
 
     seed: int
 
+    first: int = 0
+    """Chunk of the video that this source calls chunk 0."""
+
     def draw(self, shape: tuple[int, ...], *, chunk: int, step: int, like: Tensor) -> Tensor:
         """Return standard normal noise of ``shape`` on the device and dtype of ``like``."""
         # The CPU generator reads only the low 32 bits of its seed, so the key is hashed into them.
-        key = blake2b(f"{self.seed}/{chunk}/{step}".encode(), digest_size=4)
+        key = blake2b(f"{self.seed}/{self.first + chunk}/{step}".encode(), digest_size=4)
         generator = torch.Generator().manual_seed(int.from_bytes(key.digest(), "little"))
         # From pinned memory a copy to the GPU makes nobody wait.
         return torch.randn(shape, generator=generator, pin_memory=like.is_cuda).to(like, non_blocking=True)

@@ -9,7 +9,7 @@ import mmap
 import re
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,11 @@ class PickleFile:
     mapped: bool
     """Whether the tensors are mapped, not read."""
 
-    def read(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor by name, each in memory of its own."""
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of these names, in the order of the file, each in memory of its own."""
         for name in self.tensors:
-            yield name, self.tensor(name)
+            if name in names:
+                yield name, self.tensor(name)
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor, in memory of its own."""

@@ -3,6 +3,7 @@
 Legend: B batch, C channels, T latent frames of a chunk, H and W latent height and width.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,6 @@ from .geometry import VideoGeometry
 from .kv_cache import RollingKVCache
 from .noise import ChunkNoise
 from .rollout import rollout
-from .schedule import FewStepSchedule
 from .start import check_start, given_chunks
 from .student import CausalStudent
 
@@ -50,11 +50,20 @@ class LongSampler:
     storage: StorageKind = "plain"
     """How keys and values are kept."""
 
+    restart: Callable[[Tensor], Tensor] | None = None
+    """With an overlap: makes the latents ``(B, C, overlap, H, W)`` a window begins with from all of the
+    window before, ``(B, C, window, H, W)``. ``None`` takes its last ones as they are."""
+
     def __post_init__(self) -> None:
         if self.geometry.chunk != self.settings.chunk:
             raise SettingsError(
                 f"geometry has chunks of {self.geometry.chunk} latent frames and the settings of "
                 f"{self.settings.chunk}; build both with the same chunk."
+            )
+        if self.geometry.lead and self.settings.overlap:
+            raise SettingsError(
+                f"overlap is {self.settings.overlap}, and a window that starts anew forgets an image; start "
+                "from a clip of whole chunks, or set overlap to 0."
             )
 
     @torch.inference_mode()
@@ -80,27 +89,64 @@ class LongSampler:
             NumericsError: A chunk holds a number that is not finite. It is not yielded; but on CUDA, where
                 waiting for the answer would hold up the GPU, one such chunk at most is, and never the last.
         """
-        config = self.student.config
+        config, total, lead = self.student.config, self.geometry.chunks, self.geometry.lead
         check_start(start, self.geometry, batch=len(embeddings), channels=config.channels)
         given = given_chunks(start, past, self.geometry)
+        image, given = given[:lead], given[lead:]
         bound = self.student.bind(embeddings.to(self.device))
         like = torch.empty(len(embeddings), config.channels, *self.geometry.chunk_shape, device=self.device)
         shape = CacheShape.of(config, self.geometry, self.settings)
         cache = RollingKVCache(
             shape, batch=len(embeddings), like=like.to(self.student.dtype), storage=self.storage
         )
-        schedule = FewStepSchedule.uniform(self.settings.steps, shift=self.settings.shift)
-        noise = ChunkNoise(self.seed)
-        chunks, lead = self.geometry.chunks, self.geometry.lead
-        made = rollout(bound, noise, schedule, cache, chunks=chunks, like=like, start=-lead, given=given)
         check = _FiniteCheck(self.student.dtype, late=like.is_cuda)
-        for chunk, clean in enumerate(made, start=-lead):
-            if chunk + lead >= len(given):
-                check.add(chunk, clean)
-            if chunk + 1 == chunks:
-                check.settle()  # here, not after the loop: a caller who counts never comes back
-            if chunk >= len(past):
-                yield torch.cat((given[0].to(like), clean), dim=2) if lead and chunk == 0 else clean
+        overlap, done = self.settings.overlap, len(given)
+        held = deque(given, maxlen=2 * self.settings.window_chunks if overlap else None)
+        for chunk in range(len(past), done):
+            yield torch.cat([part.to(like) for part in (*image[: chunk == 0], given[chunk])], dim=2)
+        while done < total:
+            first, stop = self._window(done)
+            cache.reset()
+            for chunk, clean in enumerate([*image, *self._given(held, first, done)], start=-lead):
+                cache.open(chunk)
+                bound.remember(clean.to(like), cache)
+                cache.close()
+            noise = ChunkNoise(self.seed, first)
+            schedule = self.settings.schedule()
+            made = rollout(bound, noise, schedule, cache, chunks=stop - first, like=like, start=done - first)
+            for clean in made:
+                check.add(done, clean)
+                done += 1
+                if done == total:
+                    check.settle()  # here, not after the loop: a caller who counts never comes back
+                if overlap:
+                    held.append(clean)
+                yield torch.cat((image[0].to(like), clean), dim=2) if image and done == 1 else clean
+
+    def _window(self, done: int) -> tuple[int, int]:
+        """Return the first chunk of the window that chunk ``done`` is made in, and the one after its last."""
+        settings, total = self.settings, self.geometry.chunks
+        if not settings.overlap:
+            return 0, total  # one window, which rolls
+        span = settings.window_chunks - settings.overlap_chunks
+        first = max(0, (done - settings.overlap_chunks) // span) * span
+        return first, min(first + settings.window_chunks, total)
+
+    def _given(self, held: Sequence[Tensor], first: int, done: int) -> list[Tensor]:
+        """Return the chunks ``first`` to ``done - 1`` as their window sees them.
+
+        Args:
+            held: Chunks up to ``done - 1``, as many as there may be use for.
+            first: First chunk of the window.
+            done: Chunks made.
+        """
+        given = [held[chunk - done] for chunk in range(first, done)]
+        if first and self.restart is not None:
+            overlap = self.settings.overlap_chunks
+            stop = first + overlap
+            before = [held[chunk - done] for chunk in range(stop - self.settings.window_chunks, stop)]
+            given[:overlap] = self.restart(torch.cat(before, dim=2)).split(self.settings.chunk, dim=2)
+        return given
 
 
 class _FiniteCheck:

@@ -5,8 +5,8 @@ these. What kind of file it is, its content decides and never its name.
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,6 +59,16 @@ class Contents(Protocol):
         ...
 
     @property
+    def container(self) -> str:
+        """What holds the tensors, for people."""
+        ...
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Tables at the top of a pickle."""
+        ...
+
+    @property
     def file_bytes(self) -> int:
         """Size of all files together."""
         ...
@@ -83,7 +93,7 @@ class Entry:
 class _File(Protocol):
     """One file with tensors."""
 
-    def read(self) -> Iterator[tuple[str, Tensor]]: ...
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]: ...
 
     def tensor(self, name: str) -> Tensor: ...
 
@@ -95,9 +105,10 @@ class _SafetensorsFile:
     path: Path
     header: Header
 
-    def read(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor."""
-        return read_tensors(self.path, self.header)
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of these names."""
+        tensors = {name: info for name, info in self.header.tensors.items() if name in names}
+        return read_tensors(self.path, replace(self.header, tensors=tensors))
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor."""
@@ -145,14 +156,17 @@ class Weights:
         """
         return metadata_table(self.metadata, key, where=where)
 
-    def read(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor by name, in the order of the files, each in memory of its own.
+    def read(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield tensors by name, in the order of the files, each in memory of its own.
+
+        Args:
+            names: Those to read; ``None`` for all.
 
         Raises:
             CheckpointError: A file cannot be read, or has changed since it was opened.
         """
-        for file, _ in self.files:
-            yield from file.read()
+        for file, there in self.files:
+            yield from file.read(there if names is None else there.intersection(names))
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor, in memory of its own.

@@ -52,7 +52,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _FOREIGN: tuple[tuple[bytes, str], ...] = (
     (b"PK\x03\x04", "a PyTorch pickle or a zip archive; only safetensors files are read"),
     (b"\x80\x02", "an old PyTorch pickle; only safetensors files are read"),
-    (b"GGUF", "a GGUF file; only safetensors files are read"),
+    (b"GGUF", "a GGUF file, which is read by ComfyUI's GGUF loader alone; take the model as safetensors"),
     (b"\x89PNG", "a PNG picture"),
     (b"\xff\xd8\xff", "a JPEG picture"),
     (b"GIF8", "a GIF picture"),
@@ -102,6 +102,16 @@ class Header:
     def entries(self) -> dict[str, TensorInfo]:
         """The tensors, under the name they have in every container."""
         return self.tensors
+
+    @property
+    def container(self) -> str:
+        """What holds the tensors, for people."""
+        return "safetensors"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Tables at the top of the file: none."""
+        return ()
 
     def table(self, key: str, *, where: str) -> dict[str, Any] | None:
         """Return the JSON table under ``key`` of the metadata, or ``None`` if there is none.

@@ -43,3 +43,8 @@ def test_a_gpu_gets_the_noise_of_the_cpu():
     there = ChunkNoise(3).draw((8,), chunk=4, step=5, like=like)
     assert there.is_cuda
     assert torch.equal(there.cpu(), draw(3, 4, 5))
+
+
+def test_a_source_may_start_at_a_later_chunk():
+    later = ChunkNoise(3, first=4).draw((8,), chunk=1, step=2, like=torch.zeros(()))
+    torch.testing.assert_close(later, draw(3, 5, 2), rtol=0, atol=0)

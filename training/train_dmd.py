@@ -22,7 +22,7 @@ from sfpp_core.config import RolloutSettings
 from sfpp_core.geometry import VideoGeometry
 from sfpp_core.kv_cache import CacheShape
 from sfpp_core.noise import ChunkNoise
-from sfpp_core.schedule import FewStepSchedule, add_noise, clean_from_velocity
+from sfpp_core.schedule import add_noise, clean_from_velocity
 from sfpp_core.student import CausalStudent
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training.config import ConfigError, load
@@ -135,7 +135,7 @@ class Matching:
         self.teacher = load_demo_model(Path(settings.teacher_run)).to(device).requires_grad_(False)
         self.critic = load_demo_model(Path(settings.teacher_run)).to(device)
         rollout = settings.rollout
-        self.schedule = FewStepSchedule.uniform(rollout.steps, shift=rollout.shift)
+        self.schedule = rollout.schedule()
         self.geometry = VideoGeometry(height=SIZE, width=SIZE, frames=FRAMES, chunk=rollout.chunk)
         self.shape = CacheShape.of(self.student.config, self.geometry, rollout)
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from sfpp_core.attention import matmul
 from sfpp_core.config import RolloutSettings
 from sfpp_core.kv_cache import CacheShape
-from sfpp_core.schedule import FewStepSchedule
 from sfpp_core.student import CausalStudent
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training.config import load
@@ -81,7 +80,7 @@ def main(settings: OdeSettings) -> None:
     model = load_demo_model(Path(settings.teacher_run)).to(device)
     geometry = replace(CLIP, chunk=rollout.chunk)
     shape = CacheShape.of(model.config, geometry, rollout)
-    schedule = FewStepSchedule.uniform(rollout.steps, shift=rollout.shift)
+    schedule = rollout.schedule()
     trained = Trained(model, settings.optimiser, updates=settings.loop.iterations)
     autoencoder = TinyAutoencoder.load(Path(settings.autoencoder)).to(device)
 

@@ -19,7 +19,6 @@ from sfpp_core.kv_cache import CacheShape, RollingKVCache
 from sfpp_core.network import WanNetwork, initialise
 from sfpp_core.noise import ChunkNoise
 from sfpp_core.rollout import rollout
-from sfpp_core.schedule import FewStepSchedule
 from sfpp_core.student import CausalStudent
 
 SIZES = {
@@ -43,7 +42,7 @@ def seconds_per_chunk(student, geometry, settings, *, window, device):
     like = torch.zeros(1, student.config.channels, *geometry.chunk_shape, device=device)
     cache = RollingKVCache(shape, batch=1, like=like.to(student.dtype))
     bound = student.bind(torch.zeros(1, student.config.text_length, student.config.text_dim, device=device))
-    schedule = FewStepSchedule.uniform(settings.steps, shift=settings.shift)
+    schedule = settings.schedule()
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     times, start = [], clock()
     for _ in rollout(bound, ChunkNoise(0), schedule, cache, chunks=geometry.chunks, like=like):
