@@ -161,11 +161,6 @@ def load(models: Sequence[Any], memory: float) -> None:
     comfy.model_management.load_models_gpu([*models, *nested], memory_required=memory)
 
 
-def activation_bytes(model: Any, shape: tuple[int, ...]) -> float:
-    """Return the host's estimate of what one forward over a latent of ``shape`` needs."""
-    return model.model.memory_required(list(shape))
-
-
 def from_host_latent(latent: Tensor) -> Tensor:
     """Return a latent of the host's scale normalised, with Wan's constants."""
     return comfy.latent_formats.Wan21().process_in(latent)

@@ -1,4 +1,7 @@
-"""What a run will take of the host's memory, before any of it is allocated."""
+"""What a run will take of the host's memory, before any of it is allocated.
+
+The host's own estimate knows neither the cache nor how attention is computed here, so it is not asked.
+"""
 
 import math
 from dataclasses import dataclass
@@ -27,8 +30,8 @@ class Run(Protocol):
 class Needed:
     """Bytes a run takes beside the weights, which are the host's."""
 
-    activations: float
-    """Intermediate results of one forward: the larger of the host's estimate and this package's."""
+    activations: int
+    """Intermediate results of one forward."""
 
     remembered: int
     """Keys and values of a full window, and of the text. Does not depend on the length of the video."""
@@ -47,10 +50,9 @@ def memory_needed(model: Any, config: StudentConfig, run: Run) -> Needed:
     """Return what a rollout over the layers of ``model`` takes."""
     ours = forecast(config, run.geometry, run.settings, _host.compute_dtype(model), storage=run.storage)
     geometry = run.geometry
-    theirs = _host.activation_bytes(model, (1, config.channels, *geometry.chunk_shape))
     pixels = geometry.latent_frames * math.prod(geometry.chunk_shape[1:])
     return Needed(
-        activations=max(theirs, ours.activations),
+        activations=ours.activations,
         remembered=ours.cache + ours.text,
         main=ours.cache_on_host + pixels * config.channels * FLOAT32,
     )

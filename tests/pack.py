@@ -83,7 +83,6 @@ def load():
         host.stop_if_cancelled = lambda: None
         host.running = lambda model: nullcontext()
         host.compute_dtype = lambda model: torch.float32
-        host.activation_bytes = lambda model, shape: 0
         host.attention_of = lambda model, heads: None
         host.parameter_reader = lambda model: lambda parameter: parameter
         host.seal = lambda path, metadata: host.sealed.append((path, metadata))

@@ -1,12 +1,12 @@
 """Models from the host's own loaders in the Long Sampler: each computes what its weights say."""
 
-import itertools
 import os
 from pathlib import Path
 
 import files
 import pytest
 import torch
+from prompts import PROMPT, core_loader, sampling, saving
 from safetensors.torch import load_file
 from wan_constants import normalised
 
@@ -14,8 +14,6 @@ from sfpp_core import demo
 
 pytestmark = pytest.mark.host
 
-COUNT = itertools.count()
-PROMPT = "a red circle moves right quickly"
 GGUF = os.environ.get("SFPP_COMFYUI_GGUF")
 """Folder of the ComfyUI-GGUF pack; its test is skipped without it."""
 
@@ -40,30 +38,9 @@ def folder(host, weights):
     return models
 
 
-def sampling(loader, *changes, seconds=1.0, seed=1):
-    """Return a prompt that samples the model of ``loader`` after ``changes`` of it, and saves the latent."""
-    prompt = {
-        "loader": loader,
-        "demo": ("SFPPLoadDemo", {}),
-        "text": ("CLIPTextEncode", {"clip": ["demo", 0], "text": PROMPT}),
-    }
-    model = ["loader", 0]
-    for number, (kind, settings) in enumerate(changes):
-        prompt[f"change{number}"] = (kind, {"model": model, **settings})
-        model = [f"change{number}", 0]
-    size = {"width": 64, "height": 64, "seconds": seconds, "video_seed": seed}
-    prompt["sampler"] = ("SFPPLongSampler", {"model": model, "conditioning": ["text", 0], **size})
-    prompt["save"] = ("SaveLatent", {"samples": ["sampler", 0], "filename_prefix": f"m{next(COUNT)}"})
-    return prompt
-
-
-def core_loader(name, dtype="default"):
-    return "UNETLoader", {"unet_name": name, "weight_dtype": dtype}
-
-
 def latent(host, prompt):
     """Return the normalised latent that the host computes."""
-    (path,) = host.files(host.run(prompt), "save")
+    (path,) = host.files(host.run(prompt | saving()), "save")
     return normalised(load_file(path)["latent_tensor"])
 
 
@@ -105,6 +82,7 @@ def test_fp8_weights_compute_what_they_hold(host, folder, weights, words, where)
     name, dtype = ("wan", "fp8_e4m3fn") if where == "in the loader" else ("fp8", "default")
     seen = latent(host, sampling(core_loader(f"{name}.safetensors", dtype)))
     assert_same(seen, files.alone(files.in_fp8(weights), words))
+    assert (seen - files.alone(weights, words)[:, :, : seen.shape[2]]).abs().max() > 0.02
 
 
 def test_scaled_fp8_weights_compute_what_they_stand_for(host, folder, weights, words):
@@ -119,7 +97,43 @@ def test_a_compiled_model_runs_and_the_user_is_told_that_compiling_has_no_effect
     change = ("TorchCompileModel", {"backend": "inductor"})
     seen = latent(host, sampling(core_loader("wan.safetensors"), change))
     assert_same(seen, files.alone(weights, words))
-    assert "torch.compile" in host.log
+    assert "Without effect in the Long Sampler: torch.compile on the MODEL." in host.log
+
+
+def test_a_model_that_does_not_say_it_is_causal_is_named_and_a_marked_one_is_not(host, folder, weights):
+    warning = "does not say that it was trained to generate chunk by chunk"
+    files.write(folder / "diffusion_models/marked.safetensors", weights, files.CAUSAL)
+    before = host.log.count(warning)
+    host.run(sampling(("SFPPLoadStudent", {"student": "marked.safetensors"}), seed=31) | saving())
+    assert host.log.count(warning) == before
+    host.run(sampling(core_loader("wan.safetensors"), seed=31) | saving())
+    assert host.log.count(warning) == before + 1
+
+
+LAYOUTS = {
+    "self-forcing.pt": lambda weights: {
+        "generator": {f"model.{name}": -tensor for name, tensor in weights.items()},
+        "generator_ema": {f"model._fsdp_wrapped_module.{name}": tensor for name, tensor in weights.items()},
+    },
+    "bare.pt": lambda weights: dict(weights),
+    "prefixed.safetensors": lambda weights: {f"diffusion_model.{name}": weights[name] for name in weights},
+    "scaled-prefixed.safetensors": lambda weights: {
+        f"diffusion_model.{name}": tensor for name, tensor in files.in_scaled_fp8(weights)[0].items()
+    },
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_load_student_gives_core_what_core_cannot_read(host, folder, weights, words, name):
+    path, stored = folder / "diffusion_models" / name, LAYOUTS[name](weights)
+    torch.save(stored, path) if path.suffix == ".pt" else files.write(path, stored)
+    adapter = load_file(folder / "loras/style.safetensors")
+    change = ("LoraLoaderModelOnly", {"lora_name": "style.safetensors", "strength_model": 0.7})
+    seen = latent(host, sampling(("SFPPLoadStudent", {"student": name}), change))
+    meant = files.in_scaled_fp8(weights)[1] if "scaled" in name else weights
+    # Scaled weights reach core as bfloat16, and a LoRA is added to those.
+    tolerance = 0.1 if "scaled" in name else 2e-3
+    assert_same(seen, files.alone(files.merged(meant, adapter, 0.7), words), tolerance)
 
 
 @pytest.mark.skipif(not GGUF, reason="SFPP_COMFYUI_GGUF names no ComfyUI-GGUF")
