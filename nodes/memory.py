@@ -41,8 +41,8 @@ class Needed:
 
     def __str__(self) -> str:
         return (
-            f"{in_words(self.remembered + self.activations)} beside the weights "
-            f"({in_words(self.remembered)} of it to remember), {in_words(self.main)} of main memory"
+            f"{in_words(self.remembered + self.activations)} beside the weights, "
+            f"{in_words(self.main)} of main memory"
         )
 
 

@@ -24,7 +24,10 @@ NOT_CAUSAL = (
     "This MODEL does not say that it was trained to generate chunk by chunk. A plain Wan makes poor video "
     "here; use a student distilled with Self-Forcing or one of its kin."
 )
-"""What is said of any other model, unless its file or its loader knows better."""
+"""What the log says of a model, unless its file or its loader knows better."""
+
+NOT_CAUSAL_IN_SHORT = "Warning: not marked as causal; plain Wan makes poor video."
+"""What the node says, where there is room for a line or two."""
 
 LONGEST_SECONDS = 3600.0
 """Longest video: its latents, 5.8 GB at 832x480, are kept in main memory."""
@@ -224,14 +227,14 @@ class SFPPLongSampler(io.ComfyNode):
 
 
 def remarks(video: Generation, model: Any, config: StudentConfig) -> list[str]:
-    """Return what the user should know before the run, most important first; all of it is logged too."""
+    """Return what the user should know before the run, most important first; the log has it in full."""
     found = []
     if not causal(model):
-        found.append(NOT_CAUSAL)
-    if ignored := _host.additions_without_effect(model):
-        found.append(f"Without effect in the Long Sampler: {', '.join(ignored)} on the MODEL.")
-    for warning in found:
-        logger.warning("%s", warning)
+        logger.warning("%s", NOT_CAUSAL)
+        found.append(NOT_CAUSAL_IN_SHORT)
+    if ignored := ", ".join(_host.additions_without_effect(model)):
+        logger.warning("Without effect in the Long Sampler: %s on the MODEL.", ignored)
+        found.append(f"Without effect: {ignored}.")
     needed = memory_needed(model, config, video)
     facts = [f"needs {needed}"] if video.start is None else [in_words(video.start), f"needs {needed}"]
     logger.info("%s: %s", video, "; ".join(facts))
