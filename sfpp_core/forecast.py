@@ -112,7 +112,6 @@ def forecast(
         cache=cache.device,
         text=size * 2 * config.layers * config.text_length * config.dim,
         activations=_activations(config, shape.tokens_per_chunk, visible, size)
-        + (size * 2 * visible * config.dim if storage != "plain" else 0)
         + FLOAT32 * config.text_length * config.text_dim
         + size * (settings.steps + 1) * (6 * config.layers + 2) * config.dim,
         decoder=decoder_weights + 4 * DECODER_NUMBERS * pixels if decoder is None else decoder,

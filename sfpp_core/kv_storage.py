@@ -2,12 +2,11 @@
 
 ``plain`` keeps them as attention reads them and returns views. The others keep less on the device: as 8-bit
 floats with a scale per token and head, in host memory, or both; then one layer's window at a time is brought
-before attention. All write in place and allocate nothing after their construction.
+before attention. All are allocated once and written in place.
 
-Measured on keys and values of the embedded demo and on normal noise, rounding to 8 bits moves them by 2.3 to
-2.6 percent (root mean square). A coarser scale, one per chunk or per layer, gives 2.7: a float keeps its
-precision at any size, so the scale has only to keep the largest number below 448. While a chunk is open its
-own keys are seen unrounded: they weigh most, and it costs nothing.
+Rounding moves keys and values by 2.6 percent (root mean square) at any size: a float keeps its precision, so
+the scale has only to bring the largest number to 448. While a chunk is open its own keys are seen unrounded,
+since they weigh most: rounding them too would more than double the distance from the plain video.
 
 Legend: B batch, N heads, L tokens, D head dim.
 """

@@ -6,7 +6,7 @@ it will be asked to do (Self-Forcing, arXiv:2506.08009; long horizons, arXiv:251
 Legend: B batch, C channels, T latent frames of a chunk, H and W latent height and width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -75,7 +75,6 @@ def rollout(
     chunks: int,
     like: Tensor,
     start: int = 0,
-    given: Sequence[Tensor] = (),
     exit_step: int | None = None,
     keep_last: bool = False,
 ) -> Iterator[Tensor]:
@@ -92,20 +91,13 @@ def rollout(
         cache: Memory that has closed every chunk before ``start``.
         chunks: Chunks of the whole video.
         like: Any tensor with the shape, device and dtype of one chunk.
-        start: First chunk to yield: the next of ``cache``, which is -1 where the video has a lead.
-        given: Clean chunks, the lead first if there is one, to take from ``start`` on instead of generating
-            them.
+        start: First chunk to generate.
         exit_step: See ``denoise_chunk``.
         keep_last: Remember the last chunk too, so that the cache can go on from it.
     """
     for chunk in range(start, chunks):
         cache.open(chunk)
-        if chunk - start < len(given):
-            clean = given[chunk - start].to(like)
-        else:
-            clean = denoise_chunk(
-                student, noise, schedule, cache, chunk=chunk, like=like, exit_step=exit_step
-            )
+        clean = denoise_chunk(student, noise, schedule, cache, chunk=chunk, like=like, exit_step=exit_step)
         yield clean
         if keep_last or chunk + 1 < chunks:
             # The past is remembered clean, not as it was denoised.

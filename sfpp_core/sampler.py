@@ -5,7 +5,7 @@ Legend: B batch, C channels, T latent frames of a chunk, H and W latent height a
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from .errors import NumericsError, SettingsError
 from .geometry import VideoGeometry
 from .kv_cache import RollingKVCache
 from .noise import ChunkNoise
-from .rollout import rollout
+from .rollout import Student, rollout
 from .start import check_start, given_chunks
 from .student import CausalStudent
 
@@ -60,17 +60,12 @@ class LongSampler:
                 f"geometry has chunks of {self.geometry.chunk} latent frames and the settings of "
                 f"{self.settings.chunk}; build both with the same chunk."
             )
-        if self.geometry.lead and self.settings.overlap:
-            raise SettingsError(
-                f"overlap is {self.settings.overlap}, and a window that starts anew forgets an image; start "
-                "from a clip of whole chunks, or set overlap to 0."
-            )
 
     @torch.inference_mode()
     def chunks(
         self, embeddings: Tensor, *, start: Tensor | None = None, past: Sequence[Tensor] = ()
     ) -> Iterator[Tensor]:
-        """Yield the clean chunks of the video after ``past``, oldest first, the given ones among them.
+        """Yield the clean chunks of the video after ``past``, oldest first, those of ``start`` among them.
 
         Args:
             embeddings: Text embeddings, ``(B, tokens, text_dim)``.
@@ -92,25 +87,23 @@ class LongSampler:
         config, total, lead = self.student.config, self.geometry.chunks, self.geometry.lead
         check_start(start, self.geometry, batch=len(embeddings), channels=config.channels)
         given = given_chunks(start, past, self.geometry)
-        image, given = given[:lead], given[lead:]
         bound = self.student.bind(embeddings.to(self.device))
         like = torch.empty(len(embeddings), config.channels, *self.geometry.chunk_shape, device=self.device)
-        shape = CacheShape.of(config, self.geometry, self.settings)
-        cache = RollingKVCache(
-            shape, batch=len(embeddings), like=like.to(self.student.dtype), storage=self.storage
-        )
+        opening, given = [clean.to(like) for clean in given[:lead]], given[lead:]
+        for chunk, clean in enumerate(given[len(past) :], start=len(past)):
+            yield _with_lead(opening, chunk, clean.to(like))
         check = _FiniteCheck(self.student.dtype, late=like.is_cuda)
-        overlap, done = self.settings.overlap, len(given)
+        overlap, done, cache = self.settings.overlap, len(given), None
         held = deque(given, maxlen=2 * self.settings.window_chunks if overlap else None)
-        for chunk in range(len(past), done):
-            yield torch.cat([part.to(like) for part in (*image[: chunk == 0], given[chunk])], dim=2)
         while done < total:
             first, stop = self._window(done)
+            if first:
+                opening = []  # the lead belongs to the first window
+            if cache is None or cache.shape.lead != len(opening):
+                cache = None  # its memory is free before another is taken
+                cache = self._cache(like, lead=len(opening))
             cache.reset()
-            for chunk, clean in enumerate([*image, *self._given(held, first, done)], start=-lead):
-                cache.open(chunk)
-                bound.remember(clean.to(like), cache)
-                cache.close()
+            _remember([*opening, *self._given(held, first, done)], bound, cache, like=like)
             noise = ChunkNoise(self.seed, first)
             schedule = self.settings.schedule()
             made = rollout(bound, noise, schedule, cache, chunks=stop - first, like=like, start=done - first)
@@ -121,7 +114,13 @@ class LongSampler:
                     check.settle()  # here, not after the loop: a caller who counts never comes back
                 if overlap:
                     held.append(clean)
-                yield torch.cat((image[0].to(like), clean), dim=2) if image and done == 1 else clean
+                yield _with_lead(opening, done - 1, clean)
+
+    def _cache(self, like: Tensor, *, lead: int) -> RollingKVCache:
+        """Return an empty memory for windows with so many latent frames before their chunk 0."""
+        shape = replace(CacheShape.of(self.student.config, self.geometry, self.settings), lead=lead)
+        like = like.to(self.student.dtype)
+        return RollingKVCache(shape, batch=len(like), like=like, storage=self.storage)
 
     def _window(self, done: int) -> tuple[int, int]:
         """Return the first chunk of the window that chunk ``done`` is made in, and the one after its last."""
@@ -147,6 +146,19 @@ class LongSampler:
             before = [held[chunk - done] for chunk in range(stop - self.settings.window_chunks, stop)]
             given[:overlap] = self.restart(torch.cat(before, dim=2)).split(self.settings.chunk, dim=2)
         return given
+
+
+def _remember(given: Sequence[Tensor], student: Student, cache: RollingKVCache, *, like: Tensor) -> None:
+    """Run the clean passes of the chunks that come next in ``cache``, the lead first if there is one."""
+    for chunk, clean in enumerate(given, start=cache.next):
+        cache.open(chunk)
+        student.remember(clean.to(like), cache)
+        cache.close()
+
+
+def _with_lead(opening: Sequence[Tensor], chunk: int, clean: Tensor) -> Tensor:
+    """Return what is yielded for ``chunk``: the lead, if there is one, comes with chunk 0."""
+    return torch.cat((*opening, clean), dim=2) if opening and chunk == 0 else clean
 
 
 class _FiniteCheck:
