@@ -8,6 +8,7 @@ import ctypes
 import mmap
 import re
 import sys
+import warnings
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -53,17 +54,18 @@ class PickleFile:
     """Whether the tensors are mapped, not read."""
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors of these names, in the order of the file, each in memory of its own."""
+        """Yield the tensors of these names, in the order of the file, as ``tensor`` returns them."""
         for name in self.tensors:
             if name in names:
                 yield name, self.tensor(name)
 
     def tensor(self, name: str) -> Tensor:
-        """Return one tensor, in memory of its own."""
+        """Return one tensor; of a mapped file, in memory of its own."""
         stored = self.tensors[name]
+        if not self.mapped:
+            return stored.contiguous()
         copy = stored.clone(memory_format=torch.contiguous_format)
-        if self.mapped:
-            _forget_pages(stored)
+        _forget_pages(stored)
         return copy
 
 
@@ -87,7 +89,9 @@ def read_pickle(path: Path) -> PickleFile:
     if mapped:
         _check_archive(path)
     try:
-        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped or None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on what an error will say
+            content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped or None)
     except Exception as error:  # a damaged pickle can raise anything
         raise _explained(path, error) from error
     tensors: dict[str, Tensor] = {}
@@ -134,13 +138,14 @@ def _explained(path: Path, error: Exception) -> CheckpointError:
     if isinstance(error, OSError) and error.strerror:
         return CheckpointError(f"{path} cannot be read: {error.strerror}.")
     told = str(error)
-    if refused := _REFUSED.search(told):
-        called = _CALLED.search(refused[1])
-        what = f"loading it would call {called[1]}" if called else refused[1]
+    if called := _CALLED.search(told):
         return CheckpointError(
-            f"{path} holds more than weights: {what}. Nothing of it was run. Get the weights as safetensors, "
-            "from a source you trust."
+            f"{path} holds more than weights: loading it would call {called[1]}. Nothing of it was run. Get "
+            "the weights as safetensors, from a source you trust."
         )
+    # Before its own reason, torch explains at length how to take the risk.
+    refused = _REFUSED.search(told)
+    told = refused[1] if refused else told.rpartition("a trusted source.")[2]
     reason = (told.strip().splitlines() or [""])[0][:120] or type(error).__name__
     return CheckpointError(f"{path} is a damaged PyTorch pickle ({reason}); copy or download it again.")
 

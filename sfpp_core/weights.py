@@ -193,15 +193,24 @@ def open_weights(path: Path) -> Weights:
     """
     if path.is_dir():
         return _open_folder(path)
+    if _head(path).lstrip().startswith(b"{"):
+        return _open_index(path)
+    return _open_file(path)
+
+
+def _head(path: Path) -> bytes:
+    """Return the first bytes of a file; none if it cannot be read, which its reader then says."""
     try:
         with path.open("rb") as file:
-            head = file.read(16)
+            return file.read(16)
     except OSError:
-        head = b""
-    if head.startswith((ZIP, *PICKLE)):
+        return b""
+
+
+def _open_file(path: Path) -> Weights:
+    """Open one file with tensors."""
+    if _head(path).startswith((ZIP, *PICKLE)):
         return _open_pickle(path)
-    if head.lstrip().startswith(b"{"):
-        return _open_index(path)
     header = read_header(path)
     return Weights(
         path=path,
@@ -248,7 +257,7 @@ def _open_folder(folder: Path) -> Weights:
 def _open_index(path: Path) -> Weights:
     """Open the shards that an index names."""
     place = _read_index(path)
-    shards = {name: open_weights(path.parent / name) for name in dict.fromkeys(place.values())}
+    shards = {name: _open_file(path.parent / name) for name in dict.fromkeys(place.values())}
     entries: dict[str, Described] = {}
     for file, shard in shards.items():
         for name, entry in shard.entries.items():
@@ -289,8 +298,10 @@ def _read_index(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} is not an index of shards; name a weights file or its folder.")
     for name in dict.fromkeys(place.values()):
         # A name with a folder in it could reach any file of the machine.
-        if name != Path(name).name or "\\" in name or name.endswith(".json"):
-            raise CheckpointError(f"{path} names {name[:80]!r}, which is no file beside it; get it again.")
+        if name != Path(name).name or "\\" in name or name in ("..", path.name):
+            raise CheckpointError(
+                f"{path} names {name[:80]!r}, which is no weights file beside it; get it again."
+            )
         if not (path.parent / name).is_file():
             raise CheckpointError(
                 f"{path.parent / name} does not exist; {path.name} names it: get all shards, "

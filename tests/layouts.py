@@ -108,9 +108,7 @@ def write(path, state, metadata=None):
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in state.items()}, path, metadata or {"format": "pt"}
-    )
+    save_file({name: tensor.clone() for name, tensor in state.items()}, path, metadata or {"format": "pt"})
     return path
 
 

@@ -3,9 +3,6 @@
 import json
 import logging
 import os
-import subprocess
-import sys
-from dataclasses import replace
 
 import pytest
 import tiny
@@ -17,7 +14,6 @@ from sfpp_core.checkpoint import check_student, load_student, parameter_shapes, 
 from sfpp_core.config import WAN_1_3B, WAN_14B, RolloutSettings, StudentConfig
 from sfpp_core.errors import CheckpointError, OutputError
 from sfpp_core.inspection import inspect
-from sfpp_core.network import WanNetwork
 
 SETTINGS = RolloutSettings(window=12, sink=3, sink_positions="relative", shift=8.0)
 PLAIN = StudentConfig(dim=128, ffn_dim=64, heads=1, layers=2, text_dim=20)
@@ -120,24 +116,6 @@ def test_tensors_that_do_not_fit_are_not_saved(path):
     assert not path.exists()
 
 
-def test_a_student_is_loaded_with_little_more_memory_than_its_size(path):
-    config = replace(WAN_1_3B, layers=1, text_dim=256)
-    with torch.device("meta"):
-        shapes = WanNetwork(config).state_dict()
-    save(path, {name: torch.zeros(t.shape) for name, t in shapes.items()}, config, SETTINGS, stage="x")
-    program = f"""
-import sys, torch
-from pathlib import Path
-from sfpp_core.checkpoint import load_student
-from sfpp_core.machine import peak_memory
-before = peak_memory()
-network = load_student(Path({str(path)!r}))
-sys.stdout.write(str(peak_memory() - before))
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1.3 * path.stat().st_size
-
-
 # --- Wan's own naming -------------------------------------------------------------------------------------
 
 
@@ -227,7 +205,7 @@ def test_quantised_weights_are_refused_by_name(path):
     table = json.loads(header[8:size])
     table["head.modulation"]["dtype"] = "I32"
     write_raw(path, table, header[size:])
-    with pytest.raises(CheckpointError, match=r"head\.modulation is I32; quantised weights are not read"):
+    with pytest.raises(CheckpointError, match=r"head\.modulation is I32, which is not read\. Choose"):
         check_student(path)
 
 
@@ -236,14 +214,15 @@ def test_quantised_weights_are_refused_by_name(path):
     [
         ("unet.lora_A.weight", "it looks like a LoRA"),
         ("model.diffusion_model.input_blocks.0.0.weight", "Stable Diffusion UNet"),
-        ("condition_embedder.time_proj.weight", "naming of diffusers"),
+        ("condition_embedder.time_proj.weight", "a part of a Wan transformer"),
+        ("blocks.7.self_attn.norm_q.weight", "perhaps one of its shards; name their folder"),
         ("decoder.middle.0.weight", "a Wan autoencoder"),
         ("something", r"an unknown kind \(it begins with something\)"),
     ],
 )
 def test_foreign_models_are_recognised(path, name, message):
     weights_file.write(path, {name: torch.zeros(2)}, {})
-    assert inspect(path).kind == "unknown"
+    assert inspect(path).kind == ("adapter" if "lora" in name else "unknown")
     with pytest.raises(CheckpointError, match=f"is not a student; .*{message}"):
         load_student(path)
 

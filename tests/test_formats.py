@@ -1,7 +1,8 @@
-"""Wan transformers as people have them: every layout is recognised by its content and gives the same student."""
+"""Wan transformers as people have them: every layout is known by its content and gives the same student."""
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -68,7 +69,8 @@ LAYOUTS = {
     "ComfyUI, all in one": (
         lambda f, s: write(
             f / ANY_NAME,
-            layouts.prefixed(s, "model.diffusion_model.") | {"vae.x": torch.ones(2), "text_encoders.y": torch.ones(2)},
+            layouts.prefixed(s, "model.diffusion_model.")
+            | dict.fromkeys(("vae.decoder.x", "text_encoders.t5.y"), torch.ones(2)),
         ),
         "Wan under model.diffusion_model., safetensors", "", False,
     ),
@@ -94,7 +96,8 @@ LAYOUTS = {
     ),
     "a bare state": (lambda f, s: write_pickle(f / ANY_NAME, s), "Wan, PyTorch pickle", "", False),
     "flat, as Krea": (
-        lambda f, s: write(f / ANY_NAME, layouts.prefixed(s, "model.")), "Wan under model., safetensors", "", False,
+        lambda f, s: write(f / ANY_NAME, layouts.prefixed(s, "model.")),
+        "Wan under model., safetensors", "", False,
     ),
 }  # fmt: skip
 
@@ -239,7 +242,7 @@ def write_sparse(path, state):
         file.truncate(8 + len(text) + end)
 
 
-def test_a_model_of_two_experts_or_another_task_is_not_mistaken(tmp_path):
+def test_a_wan_of_another_task_is_refused_in_any_naming(tmp_path):
     config = replace(CONFIG, channels=36)
     state = tiny.network(config).state_dict() | {"head.head.weight": torch.zeros(64, 128)}
     with pytest.raises(CheckpointError, match="takes 36 latent channels and gives 16"):
@@ -325,30 +328,43 @@ def test_an_adapter_for_another_model_is_refused(tmp_path):
 # --- memory, and our own files ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("container", ["safetensors", "pickle", "shards"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_load_takes_no_more_than_a_fifth_above_the_file(tmp_path, container, dtype):
-    config = replace(CONFIG, dim=512, heads=4, ffn_dim=1024, layers=11)
-    state = {name: torch.zeros(shape) for name, shape in parameter_shapes(config).items()}
-    writers = {
-        "safetensors": lambda: write(tmp_path / ANY_NAME, state),
-        "pickle": lambda: write_pickle(tmp_path / ANY_NAME, {"generator": state, "critic": state}),
-        "shards": lambda: write_shards(tmp_path, state),
-    }
-    path = writers[container]()
-    size = sum(4 * tensor.numel() for tensor in state.values())
-    program = f"""
-import sys, torch
+PEAKS = """
+import ctypes, gc, sys, torch
 from pathlib import Path
 from sfpp_core.checkpoint import load_student
 from sfpp_core.machine import peak_memory
-load_student(Path({str(path)!r}), dtype=torch.bfloat16)  # what is imported late
-before = peak_memory()
-network = load_student(Path({str(path)!r}), dtype=torch.{dtype})
-sys.stdout.write(str(peak_memory() - before))
+
+small, *large = map(Path, sys.argv[1:])
+for path in (small, *large):
+    for dtype in (torch.bfloat16, torch.float32):
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = peak_memory()
+        load_student(path, dtype=dtype)
+        if path != small:  # the first load also imports and compiles
+            sys.stdout.write(f"{peak_memory() - before} ")
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1.2 * size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process forget its peak")
+def test_a_load_takes_no_more_than_a_fifth_above_the_file(tmp_path):
+    config = replace(CONFIG, dim=512, heads=4, ffn_dim=1024, layers=12)
+    state = {name: torch.zeros(shape) for name, shape in parameter_shapes(config).items()}
+    size = sum(4 * tensor.numel() for tensor in state.values())
+    small = write_pickle(tmp_path / "small", layouts.tensors())
+    paths = (
+        write(tmp_path / "one", state),
+        write_pickle(tmp_path / "pickle", {"generator": state, "critic": state}),
+        write_shards(tmp_path / "shards", state).parent,
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", PEAKS, small, *paths], capture_output=True, text=True, check=True
+    )
+    shutil.rmtree(tmp_path)
+    peaks = [int(peak) / size for peak in done.stdout.split()]
+    assert len(peaks) == 6
+    assert max(peaks) < 1.2, peaks
 
 
 def test_our_own_files_carry_the_mark_and_stay_ours(tmp_path, caplog):

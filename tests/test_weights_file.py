@@ -21,7 +21,7 @@ def path(tmp_path):
         (b"", "is empty"),
         (b"Dear student,\nthis is a letter.\n", "looks like a text file"),
         (b"\x89PNG\r\n\x1a\n" + bytes(40), "looks like a PNG picture"),
-        (b"PK\x03\x04" + bytes(40), "a PyTorch pickle or a zip archive"),
+        (b"PK\x03\x04" + bytes(40), "a PyTorch pickle or zip archive that is cut short"),
         (b"GGUF" + bytes(40), "a GGUF file"),
         (b"<!DOCTYPE html><html>", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
@@ -38,7 +38,7 @@ def test_files_that_are_no_model_are_named_for_what_they_are(path, content, mess
 
 
 def test_paths_that_are_no_file_are_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="is a folder; name the"):
+    with pytest.raises(CheckpointError, match="is a folder without weights; name the"):
         load_student(tmp_path)
     with pytest.raises(CheckpointError, match="does not exist; check the path"):
         load_student(tmp_path / "none.safetensors")
