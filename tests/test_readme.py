@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from sfpp_core import cli, demo
+from sfpp_core import demo
 from sfpp_core.checkpoint import load_words, parameter_shapes
+from sfpp_core.cli_options import parser
 from sfpp_core.config import DEMO
 from training.world import WORD_GROUPS
 
