@@ -1,6 +1,6 @@
 """Roll a student out with the sampler that core ComfyUI has for them: ``sample_ar.py MODEL IN OUT CHUNK``.
 
-Runs in the Python and folder of ComfyUI. IN holds ``noise``, ``text`` and ``sigmas``; OUT gets the latent, and
+Runs in the Python and folder of ComfyUI. IN holds ``noise``, ``text`` and ``sigmas``; OUT gets the latent and
 the name of the class that core took the model for.
 """
 
