@@ -24,6 +24,10 @@ class CheckpointError(SFPPError, ValueError):
     """A file is not a checkpoint this package can use."""
 
 
+class PictureError(SFPPError, ValueError):
+    """A picture or a clip to start from cannot be used."""
+
+
 class OutputError(SFPPError, OSError):
     """The video cannot be written where the user asked."""
 

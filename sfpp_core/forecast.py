@@ -5,11 +5,14 @@ from dataclasses import dataclass
 
 import torch
 
+from .cache_shape import Bytes, CacheShape, StorageKind
 from .checkpoint import parameter_shapes
 from .config import RolloutSettings, StudentConfig
 from .geometry import PATCH, VideoGeometry
-from .kv_cache import CacheShape
 from .machine import in_words
+
+NO_BYTES = Bytes()
+"""Of what a run does without."""
 
 FLOAT32 = 4
 """Bytes of a number in single precision."""
@@ -20,13 +23,13 @@ DECODER_NUMBERS = 80
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """Bytes a run will hold, on the device of the student."""
+    """Bytes a run will hold, on the device of the student and in main memory."""
 
     weights: int
     """Weights of the student."""
 
     cache: int
-    """Keys and values of a full window. Does not depend on the length of the video."""
+    """What the device holds of the keys and values of a full window. Does not depend on the length."""
 
     text: int
     """Keys and values of the prompt."""
@@ -37,15 +40,35 @@ class Forecast:
     decoder: int
     """The decoder at work on one chunk; an estimate, see ``forecast``."""
 
+    text_encoder: Bytes = NO_BYTES
+    """The text encoder, which is gone before anything else is there."""
+
+    cache_on_host: int = 0
+    """What main memory holds of the keys and values of a full window."""
+
+    @property
+    def device(self) -> int:
+        """Most bytes on the device at one time."""
+        rollout = self.weights + self.cache + self.text + self.activations + self.decoder
+        return max(rollout, self.text_encoder.device)
+
+    @property
+    def host(self) -> int:
+        """Most bytes in main memory at one time, where the device is another place."""
+        return max(self.cache_on_host, self.text_encoder.host)
+
     @property
     def total(self) -> int:
-        """All of it together."""
-        return self.weights + self.cache + self.text + self.activations + self.decoder
+        """All of it together, for a device that is the main memory."""
+        return self.device + self.host
 
     def __str__(self) -> str:
-        rest = self.total - self.weights - self.cache
+        size = in_words(self.device)
+        if self.host:
+            size += f" on the device and {in_words(self.host)} of main memory"
+        rest = self.device - self.weights - self.cache
         return (
-            f"{in_words(self.total)} (weights {in_words(self.weights)}, cache {in_words(self.cache)}, "
+            f"{size} (weights {in_words(self.weights)}, cache {in_words(self.cache)}, "
             f"everything else {in_words(rest)})"
         )
 
@@ -56,7 +79,10 @@ def forecast(
     settings: RolloutSettings,
     dtype: torch.dtype,
     *,
+    storage: StorageKind = "plain",
+    decoder: int | None = None,
     decoder_weights: int = 0,
+    text_encoder: Bytes = NO_BYTES,
     attention_holds_scores: bool = False,
 ) -> Forecast:
     """Forecast the memory of a run of batch 1.
@@ -70,23 +96,27 @@ def forecast(
         geometry: Size of the video.
         settings: How the student is rolled out.
         dtype: Compute dtype of the student.
-        decoder_weights: Bytes of the decoder's weights.
+        storage: How keys and values are kept.
+        decoder: Bytes of a decoder at work on one chunk, its weights included; ``None`` is the demo's.
+        decoder_weights: Bytes of the demo decoder's weights.
+        text_encoder: Bytes of the text encoder at work.
         attention_holds_scores: Whether the attention back end holds all scores at once, as ``matmul`` does.
     """
     size = dtype.itemsize
     shape = CacheShape.of(config, geometry, settings)
-    moves = settings.sink_positions == "relative"
-    kept_twice = settings.sink_chunks / settings.window_chunks / 2 if moves else 0
-    visible = shape.window * shape.tokens_per_chunk if attention_holds_scores else 0
-    pixels = geometry.chunk * geometry.height * geometry.width
+    cache = shape.bytes(storage, dtype)
+    visible = shape.tokens if attention_holds_scores else 0
+    pixels = (geometry.lead + geometry.chunk) * geometry.height * geometry.width
     return Forecast(
         weights=size * sum(math.prod(shape) for shape in parameter_shapes(config).values()),
-        cache=size * int(shape.numbers * (1 + kept_twice)),
+        cache=cache.device,
         text=size * 2 * config.layers * config.text_length * config.dim,
         activations=_activations(config, shape.tokens_per_chunk, visible, size)
         + FLOAT32 * config.text_length * config.text_dim
         + size * (settings.steps + 1) * (6 * config.layers + 2) * config.dim,
-        decoder=decoder_weights + 4 * DECODER_NUMBERS * pixels,
+        decoder=decoder_weights + 4 * DECODER_NUMBERS * pixels if decoder is None else decoder,
+        text_encoder=text_encoder,
+        cache_on_host=cache.host,
     )
 
 

@@ -3,22 +3,23 @@
 For front ends without a graph; the command line is one.
 """
 
-import logging
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .arithmetic import fast_products
 from .checkpoint import load_student
-from .decoder import StreamingDecoder, load_decoder
-from .plan import Plan
+from .decoder import StreamingDecoder, StreamingEncoder, load_decoder, load_encoder
+from .geometry import TEMPORAL_STRIDE
+from .latents_file import save_latents
+from .plan import Plan, decoder_dtype
+from .recording import Outcome, Progress, record
 from .sampler import LongSampler
 from .student import CausalStudent
-from .video import open_writer
-
-logger = logging.getLogger(__name__)
+from .tiling import TiledDecoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,54 +30,79 @@ class Loaded:
     embeddings: Tensor
     decoder: StreamingDecoder
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """How far a run is."""
-
-    chunks: int
-    """Chunks done."""
-
-    total_chunks: int
-    """Chunks of the whole video."""
-
-    frames: int
-    """Frames handed to the writer."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """How a run ended."""
-
-    frames: int
-    """Frames in the file."""
-
-    seconds: float
-    """Time from the start of the first chunk to the closed file."""
-
-    complete: bool
-    """Whether the whole video was made; otherwise Ctrl-C ended it."""
+    start: Tensor | None = None
+    """Latents the video begins with, ``(1, C, T, h, w)``."""
 
 
 def load(planned: Plan) -> Loaded:
-    """Load what a plan needs.
+    """Load what a plan needs; the encoders of text and start are gone before the student comes.
 
     Raises:
         CheckpointError: A file is damaged where its header does not show it, e.g. holds weights that are NaN.
     """
-    network, config, _ = load_student(planned.student.path, device=planned.device, dtype=planned.dtype)
+    channels, beginning = planned.decoder.space.channels, planned.beginning
+    embeddings = planned.source.embeddings(planned.device)
+    start = None
+    if beginning is not None:
+        start = beginning.encoded(lambda: _load_encoder(planned), chunk=planned.settings.chunk)
+    network, config, _ = load_student(
+        planned.student.path,
+        device=planned.device,
+        dtype=planned.dtype,
+        adapters=planned.adapters,
+        choice=planned.request.weights,
+    )
+    decoder = load_decoder(
+        planned.decoder_place,
+        device=planned.device,
+        dtype=decoder_dtype(planned.device),
+        channels=channels,
+    )
+    if planned.request.tile is not None:
+        decoder = TiledDecoder(decoder, tile=planned.request.tile)
     sampler = LongSampler(
         student=CausalStudent(network, config, attend=planned.attend),
         geometry=planned.geometry,
         settings=planned.settings,
         seed=planned.request.seed,
         device=planned.device,
+        storage=planned.request.storage,
+        restart=_restart(planned, decoder),
     )
-    return Loaded(
-        sampler=sampler,
-        embeddings=planned.words([planned.request.prompt]),
-        decoder=load_decoder(planned.decoder, device=planned.device),
+    return Loaded(sampler=sampler, embeddings=embeddings, decoder=decoder, start=start)
+
+
+def _load_encoder(planned: Plan) -> StreamingEncoder:
+    """Load what encodes frames."""
+    return load_encoder(
+        planned.encoder_place,
+        device=planned.device,
+        dtype=decoder_dtype(planned.device),
+        channels=planned.decoder.space.channels,
     )
+
+
+def _restart(planned: Plan, decoder: StreamingDecoder) -> Callable[[Tensor], Tensor] | None:
+    """Return what makes the beginning of a new window out of the last one, for students trained like that.
+
+    As CausVid does: the first latent frame of a video holds one frame, so the frame before the latent frames
+    that go on is encoded as a picture of its own.
+    """
+    further = planned.settings.overlap - 1
+    if further < 0:
+        return None
+    encoder = _load_encoder(planned)
+    decoder = copy(decoder)
+
+    def restart(before: Tensor) -> Tensor:
+        decoder.reset()
+        frames = decoder.decode(before)
+        encoder.reset()
+        place = frames.shape[1] - TEMPORAL_STRIDE * further - 1
+        picture = encoder.encode(frames[:, place : place + 1]).to(before)
+        return torch.cat((picture, before[:, :, before.shape[2] - further :]), dim=2)
+
+    return restart
 
 
 def run(planned: Plan, loaded: Loaded, *, report: Callable[[Progress], None]) -> Outcome:
@@ -91,27 +117,17 @@ def run(planned: Plan, loaded: Loaded, *, report: Callable[[Progress], None]) ->
 
     Raises:
         NumericsError: The student produced numbers that are not finite.
-        OutputError: The disk is full or the encoder died. As after any error, the file plays up to there, and
-            a note on the error says how far that is.
+        OutputError: As ``recording.record``.
     """
-    geometry = planned.geometry
-    complete, start = False, time.perf_counter()
-    writer = open_writer(
-        planned.request.out, width=geometry.width, height=geometry.height, enlarge=planned.enlarge
-    )
-    try:
-        with writer, fast_products(planned.device):
-            loaded.decoder.reset()
-            for chunk, clean in enumerate(loaded.sampler.chunks(loaded.embeddings)):
-                frames = loaded.decoder.decode(clean)[0, : geometry.frames_kept(chunk)]
-                writer.write(frames)
-                done = min(geometry.frames, geometry.frames_of((chunk + 1) * geometry.chunk))
-                report(Progress(chunks=chunk + 1, total_chunks=geometry.chunks, frames=done))
-        complete = True
-    except KeyboardInterrupt:
-        logger.debug("interrupted")
-    except Exception as error:
-        if writer.frames_written:
-            error.add_note(f"The first {writer.frames_written} frames are in {planned.request.out}.")
-        raise
-    return Outcome(frames=writer.frames_written, seconds=time.perf_counter() - start, complete=complete)
+    with fast_products(planned.device):
+        return record(_pieces(planned, loaded), planned.recording, report=report)
+
+
+def _pieces(planned: Plan, loaded: Loaded) -> Iterator[Tensor]:
+    """Yield the frames ``(F, 3, H, W)`` of chunk after chunk; keep its latents first, if they are wanted."""
+    geometry, folder = planned.geometry, planned.request.latents
+    loaded.decoder.reset()
+    for chunk, clean in enumerate(loaded.sampler.chunks(loaded.embeddings, start=loaded.start)):
+        if folder is not None:
+            save_latents(folder, chunk, clean, planned.latents_info)
+        yield loaded.decoder.decode(clean)[0, : geometry.frames_kept(chunk)]

@@ -1,6 +1,7 @@
 """Sizes of one video in its four units: frames, latent frames, chunks, tokens.
 
-The only module that knows the compression factors of the Wan 2.1 autoencoder.
+The only module that knows the compression factors of the Wan 2.1 autoencoder. Wan 2.2 of 5B differs in two of
+them, its stride and its frames per second.
 """
 
 import math
@@ -12,7 +13,7 @@ TEMPORAL_STRIDE = 4
 """Frames per latent frame, except the first latent frame, which holds one frame."""
 
 SPATIAL_STRIDE = 8
-"""Pixels per latent cell, along height and along width."""
+"""Pixels per latent cell of Wan 2.1, along height and along width; Wan 2.2 of 5B has 16."""
 
 PATCH = 2
 """Latent cells per token, along height and along width. One latent frame per token in time."""
@@ -24,8 +25,8 @@ LONGEST_SECONDS = 7 * 24 * 3600
 """Longest video accepted, one week: a larger number is a slip of the finger."""
 
 
-def frames_in(seconds: float) -> int:
-    """Return the frames of a video of ``seconds`` at 16 frames per second, rounded, at least 1.
+def frames_in(seconds: float, *, fps: int = FPS) -> int:
+    """Return the frames of a video of ``seconds`` at ``fps``, rounded, at least 1.
 
     Raises:
         GeometryError: ``seconds`` is not a number above 0, or longer than a week.
@@ -36,7 +37,7 @@ def frames_in(seconds: float) -> int:
         raise GeometryError(
             f"seconds is {seconds:g}; the longest video is a week, {LONGEST_SECONDS} seconds."
         )
-    return max(1, round(seconds * FPS))
+    return max(1, round(seconds * fps))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +45,10 @@ class VideoGeometry:
     """Size of the video to generate and of the chunks it is generated in."""
 
     height: int
-    """Pixels. A multiple of 16."""
+    """Pixels. A multiple of 16, twice the stride."""
 
     width: int
-    """Pixels. A multiple of 16."""
+    """Pixels. A multiple of 16, twice the stride."""
 
     frames: int
     """Frames the user asked for. The rollout may produce more; the surplus is trimmed."""
@@ -55,8 +56,17 @@ class VideoGeometry:
     chunk: int = 3
     """Latent frames generated together."""
 
+    lead: int = 0
+    """Latent frames before chunk 0: 1 for a video that starts from an image, else 0. See ``lead_of``."""
+
+    stride: int = SPATIAL_STRIDE
+    """Pixels per latent cell, along height and along width."""
+
+    fps: int = FPS
+    """Frames per second."""
+
     def __post_init__(self) -> None:
-        step = SPATIAL_STRIDE * PATCH
+        step = self.stride * PATCH
         for name in ("height", "width"):
             size = getattr(self, name)
             if size <= 0 or size % step:
@@ -66,27 +76,29 @@ class VideoGeometry:
             raise GeometryError(f"frames is {self.frames}; ask for at least 1.")
         if self.chunk < 1:
             raise GeometryError(f"chunk is {self.chunk} latent frames; it must be at least 1.")
+        if self.lead not in (0, 1):
+            raise GeometryError(f"lead is {self.lead} latent frames; it must be 0, or 1 for an image.")
 
     @property
     def chunks(self) -> int:
-        """Chunks needed to cover ``frames``."""
+        """Chunks needed to cover ``frames``, after the lead."""
         latent_frames = -(-(self.frames - 1) // TEMPORAL_STRIDE) + 1
-        return -(-latent_frames // self.chunk)
+        return -(-(latent_frames - self.lead) // self.chunk)
 
     @property
     def latent_frames(self) -> int:
-        """Latent frames the whole rollout produces: a whole number of chunks."""
-        return self.chunks * self.chunk
+        """Latent frames of the whole rollout: the lead and a whole number of chunks."""
+        return self.lead + self.chunks * self.chunk
 
     @property
     def seconds(self) -> float:
-        """Length of the video at 16 frames per second."""
-        return self.frames / FPS
+        """Length of the video."""
+        return self.frames / self.fps
 
     @property
     def tokens_per_latent_frame(self) -> int:
         """Transformer tokens in one latent frame. 1560 at 832x480."""
-        return (self.height // SPATIAL_STRIDE // PATCH) * (self.width // SPATIAL_STRIDE // PATCH)
+        return (self.height // self.stride // PATCH) * (self.width // self.stride // PATCH)
 
     @property
     def tokens_per_chunk(self) -> int:
@@ -96,13 +108,43 @@ class VideoGeometry:
     @property
     def chunk_shape(self) -> tuple[int, int, int]:
         """``(T, H, W)`` of one chunk in latent space."""
-        return self.chunk, self.height // SPATIAL_STRIDE, self.width // SPATIAL_STRIDE
+        return self.chunk, self.height // self.stride, self.width // self.stride
 
-    def frames_of(self, latent_frames: int) -> int:
+    @staticmethod
+    def frames_of(latent_frames: int) -> int:
         """Return the frames decoded from the first ``latent_frames`` of a video."""
         return max(0, 1 + (latent_frames - 1) * TEMPORAL_STRIDE)
 
     def frames_kept(self, chunk: int) -> int:
-        """Return how many of the frames decoded from ``chunk`` belong to the video: all but in the last."""
-        before = self.frames_of(chunk * self.chunk)
-        return min(self.frames, self.frames_of((chunk + 1) * self.chunk)) - before
+        """Return how many of the frames decoded from ``chunk`` belong to the video: all but in the last.
+
+        The lead is decoded with chunk 0.
+        """
+        return self.frames_until(chunk) - (self.frames_until(chunk - 1) if chunk else 0)
+
+    def frames_until(self, chunk: int) -> int:
+        """Return the frames of the video once ``chunk`` is decoded."""
+        return min(self.frames, self.frames_of(self.lead + (chunk + 1) * self.chunk))
+
+
+def lead_of(latent_frames: int, *, chunk: int) -> int:
+    """Return the lead of a video that starts with ``latent_frames`` given ones: 0, or 1 for an image.
+
+    Whole chunks are a clip and have no lead. One more is an image, or a clip whose first latent frame stands
+    alone; with chunks of 1 an image is a chunk.
+
+    Raises:
+        GeometryError: That many latent frames cannot start a video.
+    """
+    over = latent_frames % chunk
+    if latent_frames > 0 and over < 2:
+        return over
+    after = max(latent_frames - over, 0) + chunk
+    fitting = [count for count in (after - chunk + 1, after) if count > 0]
+    sizes = " or ".join(
+        f"{VideoGeometry.frames_of(count)} frames ({count} latent frames)" for count in fitting
+    )
+    raise GeometryError(
+        f"the start holds {latent_frames} latent frames; with chunks of {chunk} a start is whole chunks, or "
+        f"one latent frame and whole chunks: encode {sizes}."
+    )

@@ -1,84 +1,35 @@
 """A request becomes a plan: everything checked and every choice made, before a model is loaded."""
 
-import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from . import demo
 from .attention import Attend, choose, matmul
-from .checkpoint import check_student, load_words
-from .config import WAN_1_3B, RolloutSettings, StudentConfig
-from .decoder import check_decoder
-from .errors import ConditioningError, SettingsError
+from .beginning import Beginning, read_beginning
+from .cache_shape import Bytes
+from .checkpoint import check_student
+from .config import RolloutSettings, StudentConfig
+from .decoder import DecoderInfo, check_decoder, check_encoder
+from .decoder_memory import decoder_bytes
+from .errors import SettingsError
 from .forecast import Forecast, forecast
 from .geometry import VideoGeometry, frames_in
 from .inspection import FileInfo
+from .latent_space import DEMO, WAN_2_1, WAN_2_2, LatentSpace
+from .latents_file import LatentsInfo, check_folder
+from .lora import Adapter, read_adapter
 from .machine import in_words, memory_of
 from .outputs import automatic_enlargement, check_enlargement, check_output, forecast_bytes
-from .words import WordEncoder, check_prompt
+from .presets import SELF_FORCING, of_family
+from .prompts import PromptSource, is_of_the_demo, prompt_source
+from .recording import Recording
+from .request import DTYPES, Request
 
 SMALL_WORK = 2**17
 """Numbers in the residual stream of a chunk below which a second CPU thread costs more than it helps: threads
 wait for each other hundreds of times a chunk, and the encoder wants a core of its own."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Compute dtypes by name."""
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What a user asks for. ``None`` leaves the choice to the student, which is the demo's if not named."""
-
-    prompt: str
-    """What the video shows."""
-
-    out: str
-    """File or folder for the video, as for ``video.open_writer``."""
-
-    seconds: float = 60.0
-    """Length of the video."""
-
-    seed: int = 0
-    """Of all noise."""
-
-    width: int | None = None
-    """Pixels."""
-
-    height: int | None = None
-    """Pixels."""
-
-    settings: Mapping[str, Any]
-    """Fields of ``RolloutSettings`` to change."""
-
-    student: Path | None = None
-    """Student file."""
-
-    words: Path | None = None
-    """File of the student's word encoder."""
-
-    decoder: Path | None = None
-    """Decoder file."""
-
-    enlarge: int | None = None
-    """Side, in pixels, of the square each pixel becomes."""
-
-    attention: str = "auto"
-    """Back end, one of ``attention.NAMES``."""
-
-    device: str = "auto"
-    """``auto`` is a CUDA GPU if there is one."""
-
-    dtype: str = "auto"
-    """One of ``DTYPES``; ``auto`` is float32 on a CPU and bfloat16 elsewhere."""
-
-    threads: int | None = None
-    """CPU threads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +38,10 @@ class Plan:
 
     request: Request
     student: FileInfo
-    decoder: Path
-    words: WordEncoder
+    adapters: tuple[Adapter, ...]
+    decoder: DecoderInfo
+    source: PromptSource
+    beginning: Beginning | None
     geometry: VideoGeometry
     settings: RolloutSettings
     enlarge: int
@@ -98,101 +51,218 @@ class Plan:
     attend: Attend
     forecast: Forecast
 
+    @property
+    def decoder_place(self) -> Path | str:
+        """Where the decoder is, as ``load_decoder`` wants it."""
+        return _decoder_place(self.request, self.student)
+
+    @property
+    def encoder_place(self) -> Path:
+        """Where the encoder is, as ``load_encoder`` wants it."""
+        return self.request.encoder or Path(self.decoder_place)
+
+    @property
+    def recording(self) -> Recording:
+        """What is written."""
+        return Recording(
+            out=self.request.out,
+            width=self.geometry.width,
+            height=self.geometry.height,
+            fps=self.geometry.fps,
+            enlarge=self.enlarge,
+            chunks=self.geometry.chunks,
+        )
+
+    @property
+    def latents_info(self) -> LatentsInfo:
+        """What is written beside kept latents."""
+        geometry = self.geometry
+        return LatentsInfo(
+            space=self.decoder.space.name,
+            width=geometry.width,
+            height=geometry.height,
+            frames=geometry.frames,
+            chunks=geometry.chunks,
+            seed=self.request.seed,
+            prompt=self.request.prompt,
+        )
+
     def lines(self) -> list[str]:
         """Return what will be made, for people."""
-        geometry, settings = self.geometry, self.settings
+        geometry, settings, request = self.geometry, self.settings, self.request
         size = f"{geometry.width}x{geometry.height}"
         if self.enlarge > 1:
             size += f" shown as {geometry.width * self.enlarge}x{geometry.height * self.enlarge}"
-        origin = "the embedded demo" if self.request.student is None else str(self.student.path)
+        origin = "the embedded demo" if request.student is None else str(self.student.path)
         stage = f", stage {self.student.stage}" if self.student.stage else ""
-        return [
-            f"video    {geometry.seconds:g} s, {geometry.frames} frames, {size}, to {self.request.out}",
-            f"student  {origin}{stage}, seed {self.request.seed}",
+        loras = "".join(f", {path.name} at {strength:g}" for path, strength in request.loras)
+        tiles = f", in tiles of {request.tile}" if request.tile else ""
+        lines = [
+            f"video    {geometry.seconds:g} s, {geometry.frames} frames, {size}, to {request.out}",
+            f"student  {origin}{stage}{loras}, seed {request.seed}",
+            f"text     {self.source}",
             f"rollout  {geometry.chunks} chunks of {settings.chunk} latent frames, {settings.steps} steps, "
             f"shift {settings.shift:g}, window {settings.window}, sink {settings.sink}"
-            + (f" ({settings.sink_positions})" if settings.sink else ""),
+            + (f" ({settings.sink_positions})" if settings.sink else "")
+            + (f", overlap {settings.overlap}" if settings.overlap else ""),
+            f"decoder  {self.decoder.in_words}{tiles}",
             f"compute  {self.device}, {str(self.dtype)[6:]}, attention {self.attend.__name__.strip('_')}, "
-            f"{self.threads} CPU thread{'s' if self.threads > 1 else ''}",
+            f"{self.threads} CPU thread{'s' if self.threads > 1 else ''}"
+            + (f", cache {request.storage}" if request.storage != "plain" else ""),
             f"memory   {self.forecast}, besides Python and PyTorch; the same for any length",
         ]
+        if self.beginning is not None:
+            lines.insert(1, f"start    {self.beginning}")
+        return lines
 
 
 def plan(request: Request) -> Plan:
     """Check a request against the files, the machine and the method, and make every choice left open.
 
-    Reads headers and the words; loads no model.
+    Reads headers, the words and what the video begins with; loads no model.
 
     Raises:
         SFPPError: Something is impossible; the message says what, and what to do instead.
     """
-    frames = frames_in(request.seconds)
-    student = check_student(request.student or demo.file(demo.STUDENT))
-    assert student.config is not None
-    settings = replace(student.settings or RolloutSettings(), **request.settings)
-    height, width = native_size(student.config)
-    geometry = VideoGeometry(
-        height=height if request.height is None else request.height,
-        width=width if request.width is None else request.width,
-        frames=frames,
-        chunk=settings.chunk,
+    frames_in(request.seconds)
+    student = check_student(request.student or demo.file(demo.STUDENT), choice=request.weights)
+    config = student.config
+    assert config is not None
+    settings = _settings(request, student)
+    space = space_of(config)
+    beginning, geometry = _sizes(request, config, settings, space)
+    adapters = tuple(read_adapter(path, config, strength=strength) for path, strength in request.loras)
+    source = prompt_source(
+        request.prompt,
+        config,
+        words=request.words,
+        encoder=request.text_encoder,
+        tokenizer=request.tokenizer,
+        cache=request.text_cache,
     )
-    words = _words(request, student)
-    decoder = request.decoder or demo.file(demo.AUTOENCODER)
-    check_decoder(decoder)
+    decoder = check_decoder(_decoder_place(request, student), channels=config.channels)
+    _check_decoder_fits(decoder, space)
+    if beginning is not None and beginning.frames is not None:
+        check_encoder(request.encoder or _decoder_place(request, student), channels=config.channels)
     enlarge = request.enlarge
     if enlarge is None:
         enlarge = automatic_enlargement(geometry.width, geometry.height)
     check_enlargement(enlarge, width=geometry.width, height=geometry.height)
     _check_output(request.out, geometry, enlarge)
-    device = _device(request.device)
+    device = device_named(request.device)
     dtype = _dtype(request.dtype, device)
-    threads = _threads(request.threads, geometry.tokens_per_chunk * student.config.dim)
     attend = choose(
         request.attention,
-        shape=(1, student.config.heads, geometry.tokens_per_chunk, student.config.head_dim),
+        shape=(1, config.heads, geometry.tokens_per_chunk, config.head_dim),
         visible=settings.window_chunks * geometry.tokens_per_chunk,
         like=torch.empty(0, dtype=dtype, device=device),
     )
     expected = forecast(
-        student.config,
+        config,
         geometry,
         settings,
         dtype,
-        decoder_weights=2 * decoder.stat().st_size,  # half precision in the file, single in memory
+        storage=request.storage,
+        decoder=decoder_bytes(
+            decoder,
+            width=geometry.width,
+            height=geometry.height,
+            latent_frames=geometry.lead + geometry.chunk,
+            dtype=decoder_dtype(device),
+            tile=request.tile,
+        ),
+        text_encoder=Bytes(device=source.bytes),
         attention_holds_scores=attend is matmul,
     )
     _check_memory(expected, device)
-    return Plan(
+    made = Plan(
         request=request,
         student=student,
+        adapters=adapters,
         decoder=decoder,
-        words=words,
+        source=source,
+        beginning=beginning,
         geometry=geometry,
         settings=settings,
         enlarge=enlarge,
         device=device,
         dtype=dtype,
-        threads=threads,
+        threads=_threads(request.threads, geometry.tokens_per_chunk * config.dim),
         attend=attend,
         forecast=expected,
     )
+    if request.latents is not None:
+        check_folder(request.latents, made.latents_info)
+    return made
 
 
-def _words(request: Request, student: FileInfo) -> WordEncoder:
-    """Return the word encoder of the student, after a look at what it makes of the prompt."""
-    words, groups = load_words(request.words or demo.file(demo.WORDS))
-    wanted = student.config
-    assert wanted is not None
-    if (words.table.embedding_dim, words.text_length) != (wanted.text_dim, wanted.text_length):
-        raise ConditioningError(
-            f"{student.path} is a student with its own text encoder ({wanted.text_length} embeddings of "
-            f"{wanted.text_dim}; Wan's is umT5), which is not supported here. Use the embedded demo, or a "
-            "student of the demo's world."
+def _settings(request: Request, student: FileInfo) -> RolloutSettings:
+    """Return how the student is rolled out: as it or a family was made for, and as the user changes it."""
+    if request.preset is not None:
+        own = of_family(request.preset)
+    else:
+        own = student.settings or of_family(student.family or SELF_FORCING)
+    changed = dict(request.settings)
+    if own.sigmas and {"steps", "shift"} & changed.keys():
+        changed["sigmas"] = ()  # whoever asks for steps wants them, and not those listed
+    return replace(own, **changed)
+
+
+def _sizes(
+    request: Request, config: StudentConfig, settings: RolloutSettings, space: LatentSpace
+) -> tuple[Beginning | None, VideoGeometry]:
+    """Return what the video begins with and its size, which counts that."""
+    native = native_size(config)
+    height = native[0] if request.height is None else request.height
+    width = native[1] if request.width is None else request.width
+    geometry = VideoGeometry(
+        height=height,
+        width=width,
+        frames=frames_in(request.seconds, fps=space.fps),
+        chunk=settings.chunk,
+        stride=space.spatial_stride,
+        fps=space.fps,
+    )
+    if request.start is None:
+        return None, geometry
+    beginning = read_beginning(request.start, width=width, height=height, settings=settings, space=space)
+    geometry = replace(geometry, lead=beginning.lead)
+    beginning.check(geometry)
+    return beginning, geometry
+
+
+def space_of(config: StudentConfig) -> LatentSpace:
+    """Return the space a student's latents live in."""
+    if is_of_the_demo(config):
+        return DEMO
+    return WAN_2_2 if config.channels == WAN_2_2.channels else WAN_2_1
+
+
+def _decoder_place(request: Request, student: FileInfo) -> Path | str:
+    """Return the decoder that is asked for, or the demo's own."""
+    assert student.config is not None
+    if request.decoder is not None:
+        return request.decoder
+    if not is_of_the_demo(student.config):
+        raise SettingsError(
+            "this student has no decoder of its own; name one with --decoder: Wan2.1_VAE for quality, "
+            "taew2_1 for speed, or the word preview, which needs no file."
         )
-    for warning in check_prompt(request.prompt, words, groups):
-        logger.warning("%s", warning)
-    return words
+    return demo.file(demo.AUTOENCODER)
+
+
+def _check_decoder_fits(decoder: DecoderInfo, space: LatentSpace) -> None:
+    """Refuse Wan's decoder for the demo and the demo's for Wan: both have 16 channels."""
+    if decoder.space.name != space.name:
+        raise SettingsError(
+            f"the decoder is {decoder.in_words} and the student makes latents of {space.name}; choose the "
+            "decoder made for them."
+        )
+
+
+def decoder_dtype(device: torch.device) -> torch.dtype:
+    """Return what decoders compute in: the autoencoders of Wan were made for half precision on a GPU."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def _check_output(out: str, geometry: VideoGeometry, enlarge: int) -> None:
@@ -203,8 +273,12 @@ def _check_output(out: str, geometry: VideoGeometry, enlarge: int) -> None:
     check_output(out, expected_bytes=size)
 
 
-def _device(name: str) -> torch.device:
-    """Return the device called ``name``."""
+def device_named(name: str) -> torch.device:
+    """Return the device called ``name``.
+
+    Raises:
+        SettingsError: There is no such device here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda"):
@@ -234,14 +308,20 @@ def _threads(threads: int | None, numbers: int) -> int:
 
 def _check_memory(expected: Forecast, device: torch.device) -> None:
     """Refuse a run that needs more memory than there is."""
-    limit = memory_of(device)
-    if limit is not None and expected.total > limit:
-        raise SettingsError(
-            f"this run needs {expected} of memory and there is {in_words(limit)}; use a smaller window, "
-            "width or height."
-        )
+    needs = {device: expected.device, torch.device("cpu"): expected.host}
+    if device.type == "cpu":
+        needs = {device: expected.total}
+    for place, needed in needs.items():
+        limit = memory_of(place)
+        if limit is not None and needed > limit:
+            raise SettingsError(
+                f"this run needs {expected} of memory and there is {in_words(limit)}; use a smaller window, "
+                "width or height, or keep the cache as fp8."
+            )
 
 
 def native_size(config: StudentConfig) -> tuple[int, int]:
     """Return height and width, in pixels, of the frames a student was made for: Wan's or the demo's."""
-    return (480, 832) if config.text_length == WAN_1_3B.text_length else (demo.SIZE, demo.SIZE)
+    if is_of_the_demo(config):
+        return demo.SIZE, demo.SIZE
+    return (704, 1280) if config.channels == WAN_2_2.channels else (480, 832)

@@ -5,17 +5,19 @@ Legend: B batch, C channels, T latent frames of a chunk, H and W latent height a
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .cache_shape import CacheShape, StorageKind
 from .config import RolloutSettings
 from .errors import NumericsError, SettingsError
 from .geometry import VideoGeometry
-from .kv_cache import CacheShape, RollingKVCache
+from .kv_cache import RollingKVCache
 from .noise import ChunkNoise
-from .rollout import rollout
+from .rollout import Student, rollout
+from .start import check_start, given_chunks
 from .student import CausalStudent
 
 
@@ -45,6 +47,9 @@ class LongSampler:
     device: torch.device | str = "cpu"
     """Where the student computes."""
 
+    storage: StorageKind = "plain"
+    """How keys and values are kept."""
+
     restart: Callable[[Tensor], Tensor] | None = None
     """With an overlap: makes the latents ``(B, C, overlap, H, W)`` a window begins with from all of the
     window before, ``(B, C, window, H, W)``. ``None`` takes its last ones as they are."""
@@ -57,36 +62,48 @@ class LongSampler:
             )
 
     @torch.inference_mode()
-    def chunks(self, embeddings: Tensor, *, past: Sequence[Tensor] = ()) -> Iterator[Tensor]:
-        """Yield the clean chunks after ``past``, oldest first.
+    def chunks(
+        self, embeddings: Tensor, *, start: Tensor | None = None, past: Sequence[Tensor] = ()
+    ) -> Iterator[Tensor]:
+        """Yield the clean chunks of the video after ``past``, oldest first, those of ``start`` among them.
 
         Args:
             embeddings: Text embeddings, ``(B, tokens, text_dim)``.
-            past: Every chunk of this run already made. Their clean passes are run again, which costs a fifth
-                of making them and gives exactly the memory they left.
+            start: Latents the video starts with, ``(B, C, T, H, W)``, normalised: whole chunks (a clip), or
+                one latent frame and whole chunks (an image: one latent frame and none). ``geometry`` counts
+                them, and its ``lead`` is that of ``lead_of``.
+            past: Every chunk of this run already yielded. Their clean passes are run again, which costs a
+                fifth of making them and gives exactly the memory they left.
 
         Yields:
-            ``(B, C, T, H, W)``, normalised latents, float32, on ``device``.
+            ``(B, C, T, H, W)``, normalised latents, float32, on ``device``. T is the chunk; the first is
+            longer by the lead.
 
         Raises:
+            GeometryError: ``start`` does not fit; see ``check_start``.
             NumericsError: A chunk holds a number that is not finite. It is not yielded; but on CUDA, where
                 waiting for the answer would hold up the GPU, one such chunk at most is, and never the last.
         """
-        config, total = self.student.config, self.geometry.chunks
+        config, total, lead = self.student.config, self.geometry.chunks, self.geometry.lead
+        check_start(start, self.geometry, batch=len(embeddings), channels=config.channels)
+        given = given_chunks(start, past, self.geometry)
         bound = self.student.bind(embeddings.to(self.device))
         like = torch.empty(len(embeddings), config.channels, *self.geometry.chunk_shape, device=self.device)
-        shape = CacheShape.of(config, self.geometry, self.settings)
-        cache = RollingKVCache(shape, batch=len(embeddings), like=like.to(self.student.dtype))
+        opening, given = [clean.to(like) for clean in given[:lead]], given[lead:]
+        for chunk, clean in enumerate(given[len(past) :], start=len(past)):
+            yield _with_lead(opening, chunk, clean.to(like))
         check = _FiniteCheck(self.student.dtype, late=like.is_cuda)
-        overlap, done = self.settings.overlap, len(past)
-        held = deque(past, maxlen=2 * self.settings.window_chunks if overlap else None)
+        overlap, done, cache = self.settings.overlap, len(given), None
+        held = deque(given, maxlen=2 * self.settings.window_chunks if overlap else None)
         while done < total:
             first, stop = self._window(done)
+            if first:
+                opening = []  # the lead belongs to the first window
+            if cache is None or cache.shape.lead != len(opening):
+                cache = None  # its memory is free before another is taken
+                cache = self._cache(like, lead=len(opening))
             cache.reset()
-            for chunk, clean in enumerate(self._given(held, first, done)):
-                cache.open(chunk)
-                bound.remember(clean.to(like), cache)
-                cache.close()
+            _remember([*opening, *self._given(held, first, done)], bound, cache, like=like)
             noise = ChunkNoise(self.seed, first)
             schedule = self.settings.schedule()
             made = rollout(bound, noise, schedule, cache, chunks=stop - first, like=like, start=done - first)
@@ -97,7 +114,13 @@ class LongSampler:
                     check.settle()  # here, not after the loop: a caller who counts never comes back
                 if overlap:
                     held.append(clean)
-                yield clean
+                yield _with_lead(opening, done - 1, clean)
+
+    def _cache(self, like: Tensor, *, lead: int) -> RollingKVCache:
+        """Return an empty memory for windows with so many latent frames before their chunk 0."""
+        shape = replace(CacheShape.of(self.student.config, self.geometry, self.settings), lead=lead)
+        like = like.to(self.student.dtype)
+        return RollingKVCache(shape, batch=len(like), like=like, storage=self.storage)
 
     def _window(self, done: int) -> tuple[int, int]:
         """Return the first chunk of the window that chunk ``done`` is made in, and the one after its last."""
@@ -123,6 +146,19 @@ class LongSampler:
             before = [held[chunk - done] for chunk in range(stop - self.settings.window_chunks, stop)]
             given[:overlap] = self.restart(torch.cat(before, dim=2)).split(self.settings.chunk, dim=2)
         return given
+
+
+def _remember(given: Sequence[Tensor], student: Student, cache: RollingKVCache, *, like: Tensor) -> None:
+    """Run the clean passes of the chunks that come next in ``cache``, the lead first if there is one."""
+    for chunk, clean in enumerate(given, start=cache.next):
+        cache.open(chunk)
+        student.remember(clean.to(like), cache)
+        cache.close()
+
+
+def _with_lead(opening: Sequence[Tensor], chunk: int, clean: Tensor) -> Tensor:
+    """Return what is yielded for ``chunk``: the lead, if there is one, comes with chunk 0."""
+    return torch.cat((*opening, clean), dim=2) if opening and chunk == 0 else clean
 
 
 class _FiniteCheck:

@@ -11,7 +11,7 @@ Legend: B batch, C channels, T latent frames, F frames, H and W pixels, h and w 
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle, sil
 
 from .errors import CheckpointError, RolloutOrderError
 from .geometry import TEMPORAL_STRIDE
+from .latent_space import DEMO, LatentSpace
 from .weights_file import DTYPES, read_header, read_tensors, write
 
 METADATA_KEY = "sfpp_decoder"
@@ -169,7 +170,18 @@ class TinyAutoencoder(nn.Module):
         self.decoder = Decoder(self.config)
         self.register_buffer("mean", torch.zeros(self.config.channels))
         self.register_buffer("std", torch.ones(self.config.channels))
+        self.space: LatentSpace = replace(DEMO, channels=self.config.channels)
         self._state: State = []
+
+    @property
+    def channels(self) -> int:
+        """Channels of the latents."""
+        return self.space.channels
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels along a side of one latent cell."""
+        return self.space.spatial_stride
 
     @torch.inference_mode()
     def encode(self, frames: Tensor) -> Tensor:
@@ -201,9 +213,15 @@ class TinyAutoencoder(nn.Module):
         # Convolutions round a lone picture differently; drawn twice, chunks of any length agree bit by bit.
         lone = latents.shape[0] * latents.shape[2] == 1
         pair = latents.expand(2 if lone else -1, -1, -1, -1, -1)
-        frames, state = self.decoder(pair, [past.expand(len(pair), -1, -1, -1, -1) for past in self._state])
+        frames, state = self.decoder(
+            pair, [past.to(pair).expand(len(pair), -1, -1, -1, -1) for past in self._state]
+        )
         self._state = [past[: len(chunk)] for past in state]
         return frames[: len(chunk), TEMPORAL_STRIDE - 1 if first else 0 :].clamp(0, 1)
+
+    def rest(self, device: torch.device | str) -> None:
+        """Keep the memory of the video on ``device`` until the next chunk."""
+        self._state = [past.to(device) for past in self._state]
 
     def reset(self) -> None:
         """Forget the video decoded so far."""
@@ -243,6 +261,35 @@ class TinyAutoencoder(nn.Module):
         except RuntimeError as error:
             raise CheckpointError(f"{path.name} does not fit its own configuration: {error}") from error
         return autoencoder.eval().requires_grad_(False)
+
+
+class TinyEncoder:
+    """The encoder of a demo autoencoder with the surface of a streaming one."""
+
+    def __init__(self, autoencoder: TinyAutoencoder) -> None:
+        self.space = autoencoder.space
+        self._autoencoder = autoencoder
+        self._size: tuple[int, ...] | None = None
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Return the normalised latents ``(B, C, T, h, w)`` of the next frames ``(B, F, 3, H, W)`` in [0, 1].
+
+        The first call since ``reset`` takes 1 + 4(T - 1) frames, every later one 4T.
+
+        Raises:
+            GeometryError: The number or the size of the frames is wrong.
+            RolloutOrderError: The frames differ in size from those encoded so far.
+        """
+        self.space.check_frames(frames, self._size)
+        begins, self._size = self._size is None, (frames.shape[0], *frames.shape[3:])
+        if begins:
+            return self._autoencoder.encode(frames)
+        # Each latent frame sees its own frames alone: one put before them changes nothing but itself.
+        return self._autoencoder.encode(torch.cat([frames[:, :1], frames], 1))[:, :, 1:]
+
+    def reset(self) -> None:
+        """Forget the video encoded so far."""
+        self._size = None
 
 
 class _Pad(torch.autograd.Function):

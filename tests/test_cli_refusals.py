@@ -112,7 +112,7 @@ def test_weights_that_are_not_numbers_are_refused(files, out, capsys, tmp_path):
     assert not out.exists()
 
 
-def test_a_wan_student_is_told_what_is_supported(files, out, capsys, tmp_path):
+def test_a_wan_student_needs_its_text_encoder(files, out, capsys, tmp_path):
     config = tiny.StudentConfig(dim=128, ffn_dim=64, heads=1, layers=1, text_dim=4096)
     wan = tmp_path / "wan.safetensors"
     weights_file.write(wan, tiny.network(config).state_dict(), {})

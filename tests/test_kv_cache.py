@@ -20,35 +20,46 @@ def shape(**changes):
     return dataclasses.replace(SHAPE, **changes)
 
 
-def ring(**changes):
-    return RollingKVCache(shape(**changes), batch=1, like=torch.zeros(()))
+def ring(storage="plain", **changes):
+    return RollingKVCache(shape(**changes), batch=1, like=torch.zeros(()), storage=storage)
 
 
 class KeepEverything:
-    """Oracle: keep all chunks, show the sink and the latest, up to ``window`` in all."""
+    """Oracle: keep all chunks, show the sink and the latest, up to ``window`` in all.
+
+    The lead goes with the sink; without one it is shown as long as it and all chunks fit in the window.
+    """
 
     def __init__(self, layout):
-        self.layout, self.chunks = layout, []
+        self.layout, self.lead, self.chunks = layout, [], []
+
+    def append(self, chunk, tokens):
+        (self.chunks if chunk >= 0 else self.lead).append(tokens)
 
     def visible(self):
-        sink = self.layout.sink
-        recent = self.chunks[sink:][-(self.layout.window - sink) :]
-        return torch.cat(self.chunks[:sink] + recent, dim=2)
+        layout = self.layout
+        latent_frames = layout.lead + len(self.chunks) * layout.latent_frames_per_chunk
+        fits = latent_frames <= layout.window * layout.latent_frames_per_chunk
+        recent = self.chunks[layout.sink :][-(layout.window - layout.sink) :]
+        lead = self.lead if fits or layout.sink else []
+        return torch.cat(lead + self.chunks[: layout.sink] + recent, dim=2)
 
 
 @pytest.mark.parametrize(("sink", "window"), [(0, 1), (0, 3), (1, 3), (2, 5), (2, 3), (4, 5)])
-def test_the_ring_equals_concatenate_and_slice(sink, window):
+@pytest.mark.parametrize("storage", ["plain", "host"])
+@pytest.mark.parametrize("lead", [0, 1])
+def test_the_ring_equals_concatenate_and_slice(sink, window, storage, lead):
     torch.manual_seed(0)
-    cache = ring(sink=sink, window=window)
+    cache = ring(storage, sink=sink, window=window, lead=lead, latent_frames_per_chunk=2)
     oracle_k, oracle_v = KeepEverything(cache.shape), KeepEverything(cache.shape)
-    for chunk in range(3 * window + sink + 2):
+    for chunk in range(-lead, 3 * window + sink + 2):
         cache.open(chunk)
         for _ in range(3):  # several denoising passes overwrite the same slot
-            q, k, v = torch.randn(3, 1, HEADS, TOKENS, DIM)
+            q, k, v = torch.randn(3, 1, HEADS, TOKENS if chunk >= 0 else TOKENS // 2, DIM)
             seen_k, seen_v = cache.opened.write(1, k, v)
         cache.close()
-        oracle_k.chunks.append(k)
-        oracle_v.chunks.append(v)
+        oracle_k.append(chunk, k)
+        oracle_v.append(chunk, v)
         expected = sdpa(q, oracle_k.visible(), oracle_v.visible())
         torch.testing.assert_close(sdpa(q, seen_k, seen_v), expected, rtol=1e-5, atol=1e-6)
 
@@ -71,7 +82,7 @@ def test_a_relative_sink_stands_right_before_the_rest_of_the_window():
 
 def test_memory_does_not_grow():
     cache = ring(window=2)
-    before = sum(part.numel() for part in (cache._k, cache._v))
+    before = sum(part.numel() for part in cache.storage.tensors())
     for chunk in range(50):
         cache.open(chunk)
         value = torch.full((1, HEADS, TOKENS, DIM), float(chunk))
@@ -79,7 +90,7 @@ def test_memory_does_not_grow():
         cache.close()
     assert seen.shape[2] == 2 * TOKENS
     assert sorted(seen[0, 0, ::TOKENS, 0].tolist()) == [48.0, 49.0]
-    assert seen.data_ptr() == cache._k.data_ptr()
+    assert seen.data_ptr() == cache.storage.tensors()[0].data_ptr()
     assert before == cache.shape.numbers
 
 

@@ -2,16 +2,18 @@
 
 import itertools
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sfpp_core.cache_shape import CacheShape, StorageKind
 from sfpp_core.config import RolloutSettings
 from sfpp_core.errors import NumericsError, SettingsError
 from sfpp_core.geometry import VideoGeometry, frames_in
-from sfpp_core.kv_cache import CacheShape, RollingKVCache
+from sfpp_core.kv_cache import RollingKVCache
 from sfpp_core.noise import ChunkNoise
 from sfpp_core.rollout import rollout
 from sfpp_core.sampler import LongSampler, _FiniteCheck
@@ -21,15 +23,17 @@ from sfpp_core.student import CausalStudent
 aten = torch.ops.aten
 
 
-def sampler(seconds=5.0, *, seed=0, student=None, **settings):
+def sampler(seconds=5.0, *, seed=0, student=None, storage="plain", **settings):
     settings = RolloutSettings(**{"window": 9, **settings})
     geometry = VideoGeometry(height=32, width=48, frames=frames_in(seconds), chunk=settings.chunk)
-    return LongSampler(student=student or tiny.student(), geometry=geometry, settings=settings, seed=seed)
+    student = student or tiny.student()
+    return LongSampler(student=student, geometry=geometry, settings=settings, seed=seed, storage=storage)
 
 
-def test_the_first_five_seconds_of_a_minute_are_those_of_a_five_second_run():
-    short = list(sampler(5).chunks(tiny.text()))
-    long = sampler(60).chunks(tiny.text())
+@pytest.mark.parametrize("storage", get_args(StorageKind))
+def test_the_first_five_seconds_of_a_minute_are_those_of_a_five_second_run(storage):
+    short = list(sampler(5, storage=storage).chunks(tiny.text()))
+    long = sampler(60, storage=storage).chunks(tiny.text())
     assert len(short) == 7
     assert all(torch.equal(a, b) for a, b in zip(short, long, strict=False))
 
@@ -43,9 +47,9 @@ def test_a_minute_is_made_of_normalised_float32_chunks():
 
 @pytest.mark.parametrize("sink", [0, 3])
 @pytest.mark.parametrize("positions", ["absolute", "relative"])
-@pytest.mark.parametrize("done", [1, 4, 9])
-def test_a_run_goes_on_from_its_past_as_if_never_stopped(sink, positions, done):
-    settings = {"sink": sink, "sink_positions": positions}
+@pytest.mark.parametrize(("done", "storage"), [(1, "plain"), (4, "plain"), (9, "plain"), (9, "fp8-host")])
+def test_a_run_goes_on_from_its_past_as_if_never_stopped(sink, positions, done, storage):
+    settings = {"sink": sink, "sink_positions": positions, "storage": storage}
     whole = list(sampler(8, **settings).chunks(tiny.text()))
     rest = list(sampler(8, **settings).chunks(tiny.text(), past=whole[:done]))
     assert len(rest) == len(whole) - done
@@ -177,11 +181,15 @@ def test_reading_a_number_counts_as_a_wait():
     assert waits.count == 3
 
 
-@pytest.mark.parametrize("settings", [{}, {"sink": 3, "sink_positions": "relative"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, *({"storage": kind, "sink": 3, "sink_positions": "relative"} for kind in get_args(StorageKind))],
+)
 def test_a_rollout_never_waits_for_the_device(settings):
     run = sampler(8, **settings)
     like = torch.empty(1, 16, *run.geometry.chunk_shape)
-    cache = RollingKVCache(CacheShape.of(tiny.CONFIG, run.geometry, run.settings), batch=1, like=like)
+    shape = CacheShape.of(tiny.CONFIG, run.geometry, run.settings)
+    cache = RollingKVCache(shape, batch=1, like=like, storage=run.storage)
     schedule = FewStepSchedule.uniform(4)
     with torch.inference_mode():
         bound = run.student.bind(tiny.text())

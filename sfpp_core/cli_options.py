@@ -1,0 +1,176 @@
+"""What the command line understands."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import get_args
+
+from .attention import NAMES
+from .cache_shape import StorageKind
+from .config import SinkPositions
+from .decoder import PREVIEW
+from .errors import SFPPError
+from .lora import parse_lora_option
+from .naming import Choice
+from .presets import FAMILIES
+from .request import DTYPES, Request
+
+Command = Callable[[argparse.Namespace, list[int]], int]
+"""Runs a command; gets the arguments and the signals that come meanwhile, returns the exit code."""
+
+EXAMPLE = """\
+examples:
+  python -m sfpp_core generate "a red circle moves right slowly" --seconds 60 --out video.mp4
+  python -m sfpp_core generate "a cat surfs a wave" --student self_forcing_dmd.pt --decoder Wan2.1_VAE.pth
+      --text-encoder umt5_xxl_fp8_e4m3fn_scaled.safetensors --seconds 60 --out cat.mp4
+"""
+
+NOTES = """\
+Without --student the embedded demo is used: one coloured shape that moves over a plain background. It says
+what it knows when a prompt holds a word it does not. The same prompt, seed and settings give the same video,
+and a longer video begins with the shorter one. The file plays while it grows; Ctrl-C ends it early and leaves
+what is there.
+Nothing is ever downloaded.
+"""
+
+_SETTINGS = ("chunk", "window", "sink", "sink_positions", "steps", "shift")
+"""Options that change the field of the same name in ``RolloutSettings``."""
+
+
+def parser(commands: Mapping[str, Command], *, version: str) -> argparse.ArgumentParser:
+    """Return the parser of the whole command line.
+
+    Args:
+        commands: What runs ``generate``, ``decode`` and ``info``.
+        version: Of the package.
+    """
+    kind = argparse.RawDescriptionHelpFormatter
+    whole = argparse.ArgumentParser(
+        prog="python -m sfpp_core",
+        description="Minutes of video from a causal Wan 2.1 student, on the command line.",
+        epilog=EXAMPLE,
+        formatter_class=kind,
+    )
+    whole.add_argument("--version", action="version", version=f"%(prog)s {version}")
+    added = whole.add_subparsers(required=True, metavar="command")
+    summary = "make a video from a prompt"
+    generate = added.add_parser(
+        "generate", help=summary, description=summary, epilog=EXAMPLE + "\n" + NOTES, formatter_class=kind
+    )
+    _add_generate_options(generate)
+    summary = "make a video again from the latents a run has kept, e.g. with a better decoder"
+    decode = added.add_parser("decode", help=summary, description=summary)
+    _add_decode_options(decode)
+    summary = "explain a weights file: what it holds, its sizes, the memory it needs"
+    info = added.add_parser("info", help=summary, description=summary)
+    info.add_argument("file", type=Path, metavar="FILE", help="weights: a file, an index of shards, a folder")
+    for name, command in {"generate": generate, "decode": decode, "info": info}.items():
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.set_defaults(command=commands[name])
+    return whole
+
+
+def _add_generate_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of ``generate``."""
+    add = command.add_argument
+    add("prompt", help="what the video shows")
+    _add_output_options(command)
+    add("--seconds", type=float, default=60.0, metavar="S", help="length in seconds (default 60)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of all noise, any whole number (default 0)")
+    add("--start", type=Path, metavar="PATH", help="begin with a picture, a clip, or a folder of latents")
+    add("--latents", type=Path, metavar="FOLDER", help="keep the latents there, to be decoded again")
+    add = command.add_argument_group("size").add_argument
+    add("--width", type=int, metavar="PX", help="pixels, a multiple of 16 (default: the student's)")
+    add("--height", type=int, metavar="PX", help="pixels, a multiple of 16 (default: the student's)")
+    add = command.add_argument_group(
+        "rollout", "defaults are those the student was trained with"
+    ).add_argument
+    add("--preset", metavar="FAMILY", help=f"settings of a family: {', '.join(FAMILIES)}")
+    add("--chunk", type=int, metavar="N", help="latent frames generated together, e.g. 3")
+    add(
+        "--window",
+        type=int,
+        metavar="N",
+        help="latent frames attention sees, a multiple of the chunk, e.g. 21",
+    )
+    add("--sink", type=int, metavar="N", help="first latent frames kept in sight for ever, e.g. 0 or 3")
+    add("--sink-positions", choices=get_args(SinkPositions), help="where in time attention places the sink")
+    add("--steps", type=int, metavar="N", help="denoising steps per chunk, e.g. 4")
+    add("--shift", type=float, metavar="X", help="shift of the noise levels towards 1, e.g. 5")
+    _add_models(command)
+    add = _add_machine(command)
+    kinds = get_args(StorageKind)
+    add("--cache", dest="storage", choices=kinds, default="plain", help="how keys and values are kept")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto is float32 on a CPU, else bfloat16")
+    add("--attention", metavar="NAME", default="auto", help=f"back end: {', '.join(NAMES)} (default auto)")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: one for small videos, else all)")
+
+
+def _add_models(command: argparse.ArgumentParser) -> None:
+    """Add the options that name files of models."""
+    models = command.add_argument_group("models", "defaults are those of the embedded demo")
+    add = models.add_argument
+    add("--student", type=Path, metavar="PATH", help="student: safetensors, .pt, shards, a diffusers folder")
+    add("--weights", choices=get_args(Choice), default="auto", help="averaged or live weights of a .pt")
+    add("--lora", type=_lora, action="append", default=[], metavar="FILE[:X]", help="LoRA and its strength")
+    add("--text-encoder", type=Path, metavar="PATH", help="umT5: single file, .pth, a diffusers folder")
+    add("--tokenizer", type=Path, metavar="PATH", help="its tokenizer, where it is not beside it")
+    add("--text-cache", type=Path, metavar="FOLDER", help="keep text embeddings there")
+    add("--words", type=Path, metavar="FILE", help="word encoder of a demo student")
+    _add_decoder(models)
+    add("--encoder", type=Path, metavar="PATH", help="encodes --start, where the decoder cannot: Wan2.1_VAE")
+
+
+def _add_decode_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of ``decode``."""
+    command.add_argument("latents", type=Path, metavar="FOLDER", help="what --latents has kept")
+    _add_output_options(command)
+    _add_decoder(command)
+    _add_machine(command)
+
+
+def _add_output_options(command: argparse.ArgumentParser) -> None:
+    """Add where a video goes."""
+    add = command.add_argument
+    add("--out", required=True, metavar="PATH", help="video to write: name.mp4, or a folder for PNG pictures")
+    add("--enlarge", type=int, metavar="N", help="show each pixel as N x N (default: about 512 pixels high)")
+    add("--quiet", action="store_true", help="only warnings and errors")
+
+
+def _add_decoder(command: argparse._ActionsContainer) -> None:
+    """Add what turns latents into frames."""
+    add = command.add_argument
+    add(
+        "--decoder", type=_decoder, metavar="PATH", help=f"Wan2.1_VAE, taew2_1, or {PREVIEW} (no file needed)"
+    )
+    add("--tile", type=int, metavar="PX", help="decode in square tiles of so many pixels, for small cards")
+
+
+def _add_machine(command: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
+    """Add where to compute; return what adds more to that group."""
+    add = command.add_argument_group("machine").add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is the GPU if there is one")
+    return add
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    """Parse ``FILE[:STRENGTH]``."""
+    try:
+        return parse_lora_option(text)
+    except SFPPError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _decoder(text: str) -> Path | str:
+    """Keep the word that is no path."""
+    return text if text == PREVIEW else Path(text)
+
+
+def request_of(arguments: argparse.Namespace) -> Request:
+    """Return what the arguments of ``generate`` ask for."""
+    given = vars(arguments)
+    names = ("prompt", "out", "seconds", "seed", "width", "height", "student", "words", "decoder", "enlarge")
+    names += ("preset", "weights", "text_encoder", "tokenizer", "text_cache", "tile", "start", "encoder")
+    names += ("latents", "storage", "attention", "device", "dtype", "threads")
+    settings = {name: given[name] for name in _SETTINGS if given[name] is not None}
+    return Request(**{name: given[name] for name in names}, loras=tuple(given["lora"]), settings=settings)

@@ -1,0 +1,226 @@
+"""The latents of a run on disk, to be decoded again: with a better decoder, or after a crash.
+
+A folder with one safetensors file per chunk. Each file appears under its name once it is whole, and says by
+itself what video it belongs to: whatever ends a run, all chunks saved until then can be decoded.
+
+Legend: B batch, C channels, T latent frames, F frames, H and W pixels, h and w latent cells.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import from_table
+from .decoder import StreamingDecoder
+from .errors import CheckpointError, OutputError, SettingsError
+from .geometry import VideoGeometry
+from .latent_space import SPACES, LatentSpace
+from .weights_file import DTYPES, Header, read_header, read_tensor, write
+
+METADATA_KEY = "sfpp_latents"
+"""Name of what is known of the video in the metadata of each file."""
+
+TENSOR = "latents"
+"""Name of the one tensor of each file."""
+
+NAME = "chunk_%06d.safetensors"
+"""Names of the files."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentsInfo:
+    """What video the latents of a folder belong to."""
+
+    space: str
+    """Name of the space they live in, as in ``latent_space.SPACES``; they are normalised."""
+
+    width: int
+    """Pixels."""
+
+    height: int
+    """Pixels."""
+
+    frames: int
+    """Frames the video has; the last chunk may hold a few more, which are not shown."""
+
+    chunks: int
+    """Chunks the whole video has."""
+
+    seed: int
+    """Of the noise."""
+
+    prompt: str = ""
+    """What the video shows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latents:
+    """The saved chunks of a video, read one at a time.
+
+    Use::
+
+        latents = load_latents(folder)
+        for frames in decode_latents(latents, decoder):
+            writer.write(frames)
+    """
+
+    folder: Path
+
+    info: LatentsInfo
+
+    chunks: int
+    """Chunks that were saved: all from the first on, without a gap."""
+
+    latent_frames: int
+    """Latent frames in them."""
+
+    @property
+    def frames(self) -> int:
+        """Frames that the saved chunks hold, of those the video has."""
+        return min(self.info.frames, VideoGeometry.frames_of(self.latent_frames))
+
+    @property
+    def complete(self) -> bool:
+        """Whether the whole video was saved."""
+        return self.chunks == self.info.chunks
+
+    @property
+    def space(self) -> LatentSpace:
+        """What the latents live in."""
+        return SPACES[self.info.space]
+
+    def chunk(self, chunk: int) -> Tensor:
+        """Return the normalised latents ``(B, C, T, h, w)`` of one chunk, float32.
+
+        Raises:
+            CheckpointError: The file was damaged or removed, or holds numbers that are not finite.
+        """
+        path = self.folder / (NAME % chunk)
+        latents = read_tensor(path, read_header(path), TENSOR).float()
+        if not torch.isfinite(latents).all():
+            raise CheckpointError(f"{path} holds latents that are not finite; generate the video again.")
+        return latents
+
+
+def save_latents(folder: Path, chunk: int, latents: Tensor, info: LatentsInfo) -> None:
+    """Save one chunk of a video; the folder is made for the first.
+
+    A chunk that is already there is replaced, since the same video is being made again.
+
+    Args:
+        folder: Of this video alone.
+        chunk: Its number, from 0.
+        latents: Normalised, ``(B, C, T, h, w)``; kept in their dtype.
+        info: What video it is; the same for every chunk.
+
+    Raises:
+        OutputError: The folder holds another video, or cannot be written.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the folder {folder} cannot be made: {error.strerror or error}.") from error
+    check_folder(folder, info)
+    write(
+        folder / (NAME % chunk), {TENSOR: latents}, {METADATA_KEY: json.dumps(asdict(info), sort_keys=True)}
+    )
+
+
+def check_folder(folder: Path, info: LatentsInfo) -> None:
+    """Refuse a folder that holds the latents of another video: mixed, neither could be decoded.
+
+    Raises:
+        OutputError: It does; or it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file; name a folder for the latents.")
+    first = folder / (NAME % 0)
+    if first.exists() and _info(first, read_header(first)) != info:
+        raise OutputError(f"{folder} holds the latents of another video; choose another folder or remove it.")
+
+
+def load_latents(path: Path) -> Latents:
+    """Return the chunks saved in a folder; only headers are read.
+
+    Args:
+        path: The folder, or a file in it.
+
+    Raises:
+        CheckpointError: There are no latents, a chunk is missing between others, or a file is damaged or
+            belongs to another video.
+    """
+    folder = path.parent if path.is_file() else path
+    if not folder.is_dir():
+        raise CheckpointError(f"{path} does not exist; name the folder of latents that a run has left.")
+    files = sorted(folder.glob(NAME.replace("%06d", "[0-9]" * 6)))
+    if not files:
+        raise CheckpointError(f"{folder} holds no latents ({NAME % 0}, ...); name the folder a run has left.")
+    headers = {file: read_header(file) for file in files}
+    info = _info(files[0], headers[files[0]])
+    shape, latent_frames = _shape(files[0], headers[files[0]], info), 0
+    for chunk, file in enumerate(files):
+        if file.name != NAME % chunk:
+            raise CheckpointError(
+                f"{folder / (NAME % chunk)} is missing; what comes after it cannot be decoded."
+            )
+        same = _shape(file, headers[file], info)
+        if _info(file, headers[file]) != info or (same[0], *same[3:]) != (shape[0], *shape[3:]):
+            raise CheckpointError(
+                f"{file} belongs to another video than {files[0].name}; remove one of them."
+            )
+        latent_frames += same[2]
+    return Latents(folder=folder, info=info, chunks=len(files), latent_frames=latent_frames)
+
+
+def decode_latents(latents: Latents, decoder: StreamingDecoder) -> Iterator[Tensor]:
+    """Yield the frames ``(F, 3, H, W)`` in [0, 1] of chunk after chunk, up to the end of the video.
+
+    Raises:
+        SettingsError: The decoder is made for other latents.
+        CheckpointError: A chunk is damaged.
+    """
+    if decoder.space.name != latents.info.space:
+        raise SettingsError(
+            f"the decoder is made for latents of {decoder.space.name}, these are of {latents.info.space}; "
+            "choose the one of the model that made them."
+        )
+    decoder.reset()
+    shown = 0
+    for chunk in range(latents.chunks):
+        frames = decoder.decode(latents.chunk(chunk))[0, : latents.info.frames - shown]
+        shown += len(frames)
+        yield frames
+
+
+def _info(path: Path, header: Header) -> LatentsInfo:
+    """Return what video a chunk belongs to."""
+    table: dict[str, Any] | None = header.table(METADATA_KEY, where=str(path))
+    if table is None:
+        raise CheckpointError(f"{path} holds no latents of a video; name the folder that a run has left.")
+    try:
+        info = from_table(LatentsInfo, table, where=str(path))
+    except SettingsError as error:
+        raise CheckpointError(f"{path} says something impossible: {error}") from error
+    kinds = (type(getattr(info, name)) is kind for name, kind in LatentsInfo.__annotations__.items())
+    if not all(kinds) or info.space not in SPACES or min(info.width, info.height, info.frames) < 1:
+        raise CheckpointError(f"{path} does not say what video it belongs to; generate it again.")
+    return info
+
+
+def _shape(path: Path, header: Header, info: LatentsInfo) -> tuple[int, ...]:
+    """Return the shape of the latents in a file, after a check that it is possible."""
+    entry, space = header.tensors.get(TENSOR), SPACES[info.space]
+    size = (info.height // space.spatial_stride, info.width // space.spatial_stride)
+    if entry is None or entry.dtype not in DTYPES or len(entry.shape) != 5 or not all(entry.shape):
+        raise CheckpointError(f"{path} holds no latents; generate the video again.")
+    if entry.shape[1] != space.channels or entry.shape[3:] != size:
+        raise CheckpointError(
+            f"{path} holds latents {entry.shape}, and {info.width}x{info.height} of {info.space} has "
+            f"(1, {space.channels}, latent frames, {size[0]}, {size[1]}); it is damaged."
+        )
+    return entry.shape

@@ -1,0 +1,102 @@
+"""Frames go into a file as they are made, and whatever ends that, what is made is kept."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .outputs import OutputPath
+from .video import open_writer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a run is."""
+
+    chunks: int
+    """Chunks done."""
+
+    total_chunks: int
+    """Chunks of the whole video."""
+
+    frames: int
+    """Frames handed to the writer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a run ended."""
+
+    frames: int
+    """Frames in the file."""
+
+    seconds: float
+    """Time from the start of the first chunk to the closed file."""
+
+    complete: bool
+    """Whether the whole video was made; otherwise Ctrl-C ended it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recording:
+    """A video to be written."""
+
+    out: OutputPath
+    """As for ``video.open_writer``."""
+
+    width: int
+    """Pixels of the frames, before enlarging."""
+
+    height: int
+    """Pixels."""
+
+    fps: float
+    """Frames per second."""
+
+    enlarge: int
+    """Side, in pixels, of the square each pixel becomes."""
+
+    chunks: int
+    """Chunks of the whole video."""
+
+
+def record(pieces: Iterator[Tensor], recording: Recording, *, report: Callable[[Progress], None]) -> Outcome:
+    """Write the frames ``(F, 3, H, W)`` of chunk after chunk. Another process encodes them meanwhile.
+
+    ``KeyboardInterrupt`` ends the video early: what is made is kept, and the outcome says how much.
+
+    Args:
+        pieces: Frames in [0, 1], made as they are asked for.
+        recording: Where they go.
+        report: Called after every chunk.
+
+    Raises:
+        OutputError: The disk is full or the encoder died. As after any error, the file plays up to there, and
+            a note on the error says how far that is.
+    """
+    complete, start, done = False, time.perf_counter(), 0
+    writer = open_writer(
+        recording.out,
+        width=recording.width,
+        height=recording.height,
+        fps=recording.fps,
+        enlarge=recording.enlarge,
+    )
+    try:
+        with writer:
+            for chunk, frames in enumerate(pieces):
+                writer.write(frames)
+                done += len(frames)
+                report(Progress(chunks=chunk + 1, total_chunks=recording.chunks, frames=done))
+        complete = True
+    except KeyboardInterrupt:
+        logger.debug("interrupted")
+    except Exception as error:
+        if writer.frames_written:
+            error.add_note(f"The first {writer.frames_written} frames are in {recording.out}.")
+        raise
+    return Outcome(frames=writer.frames_written, seconds=time.perf_counter() - start, complete=complete)

@@ -1,0 +1,96 @@
+"""Kept latents become a video again: in better quality than the first time, or after a crash."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import demo
+from .decoder import check_decoder, load_decoder
+from .errors import SettingsError
+from .latent_space import DEMO
+from .latents_file import Latents, decode_latents, load_latents
+from .outputs import automatic_enlargement, check_enlargement, check_output, forecast_bytes
+from .plan import decoder_dtype
+from .recording import Outcome, Progress, Recording, record
+from .tiling import TiledDecoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Redecoding:
+    """Latents to be decoded, found possible."""
+
+    latents: Latents
+    decoder: Path | str
+    tile: int | None
+    device: torch.device
+    recording: Recording
+
+    @property
+    def frames(self) -> int:
+        """Frames there will be."""
+        return self.latents.frames
+
+    def lines(self) -> list[str]:
+        """Return what will be made, for people."""
+        info = self.latents.info
+        missing = "" if self.latents.complete else f" of {info.chunks}: the run that made them did not end"
+        return [
+            f"latents  {self.latents.folder}, {self.latents.chunks} chunks{missing}",
+            f"video    {self.frames} frames, {info.width}x{info.height}, to {self.recording.out}",
+        ]
+
+
+def plan_redecoding(
+    path: Path,
+    *,
+    decoder: Path | str | None,
+    out: str,
+    device: torch.device,
+    tile: int | None = None,
+    enlarge: int | None = None,
+) -> Redecoding:
+    """Check what is asked for; only headers are read.
+
+    Args:
+        path: Folder of latents.
+        decoder: As for ``load_decoder``; ``None`` is the demo's, for latents of the demo.
+        out: Video to write.
+        device: Where the decoder computes.
+        tile: Pixels along a side of the tiles a picture is decoded in; ``None`` decodes it whole.
+        enlarge: Side, in pixels, of the square each pixel becomes; ``None`` chooses.
+
+    Raises:
+        SFPPError: Something is impossible; the message says what, and what to do instead.
+    """
+    latents = load_latents(path)
+    info = latents.info
+    if decoder is None:
+        if info.space != DEMO.name:
+            raise SettingsError(
+                f"{path} holds latents of {info.space}; name their decoder with --decoder, e.g. Wan2.1_VAE."
+            )
+        decoder = demo.file(demo.AUTOENCODER)
+    found = check_decoder(decoder, channels=latents.space.channels)
+    if found.space.name != info.space:
+        raise SettingsError(
+            f"{decoder} is {found.in_words} and the latents are of {info.space}; choose theirs."
+        )
+    sides = {"width": info.width, "height": info.height}
+    enlarge = automatic_enlargement(**sides) if enlarge is None else enlarge
+    check_enlargement(enlarge, **sides)
+    check_output(out, expected_bytes=forecast_bytes(out, frames=latents.frames, enlarge=enlarge, **sides))
+    recording = Recording(out=out, fps=latents.space.fps, enlarge=enlarge, chunks=latents.chunks, **sides)
+    return Redecoding(latents=latents, decoder=decoder, tile=tile, device=device, recording=recording)
+
+
+def redecode(job: Redecoding, *, report: Callable[[Progress], None]) -> Outcome:
+    """Decode and write; see ``record``."""
+    decoder = load_decoder(
+        job.decoder, device=job.device, dtype=decoder_dtype(job.device), channels=job.latents.space.channels
+    )
+    if job.tile is not None:
+        decoder = TiledDecoder(decoder, tile=job.tile)
+    with torch.inference_mode():
+        return record(decode_latents(job.latents, decoder), job.recording, report=report)
