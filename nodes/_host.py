@@ -79,6 +79,14 @@ def load_model(path: Path) -> Any:
     return comfy.sd.load_diffusion_model(str(path))
 
 
+def load_tensors(tensors: dict[str, Tensor]) -> Any | None:
+    """Load a diffusion model from tensors under Wan's names, as ``load_model`` does from a file.
+
+    ``None`` if core does not know what it is.
+    """
+    return comfy.sd.load_diffusion_model_state_dict(tensors)
+
+
 def attach(model: Any, settings: Any) -> Any:
     """Return a clone of ``model`` that carries ``settings``; clones of the clone carry them too."""
     clone = model.clone()
@@ -124,8 +132,14 @@ def additions_without_effect(model: Any) -> list[str]:
     transformer = options.get("transformer_options", {})
     found = [name for name in ("patches", "patches_replace") if transformer.get(name)]
     found += [name for name in ("model_function_wrapper", "context_handler") if name in options]
-    wrapped = any(model.wrappers.values()) or any(transformer.get("wrappers", {}).values())
-    return found + ["wrappers"] * wrapped + ["model_sampling"] * ("model_sampling" in model.object_patches)
+    for by_key in (*model.wrappers.values(), *transformer.get("wrappers", {}).values()):
+        found += [str(key or "a wrapper") for key, wrappers in by_key.items() if wrappers]
+    return list(dict.fromkeys(found)) + ["model_sampling"] * ("model_sampling" in model.object_patches)
+
+
+def marked_causal(model: Any) -> bool:
+    """Return whether core knows from its file that ``model`` was trained to generate chunk by chunk."""
+    return type(model.model).__name__ == "WAN21_CausalAR"
 
 
 @contextmanager
@@ -145,11 +159,6 @@ def load(models: Sequence[Any], memory: float) -> None:
     """
     nested = [extra for model in models for extra in model.get_nested_additional_models()]
     comfy.model_management.load_models_gpu([*models, *nested], memory_required=memory)
-
-
-def activation_bytes(model: Any, shape: tuple[int, ...]) -> float:
-    """Return the host's estimate of what one forward over a latent of ``shape`` needs."""
-    return model.model.memory_required(list(shape))
 
 
 def from_host_latent(latent: Tensor) -> Tensor:

@@ -10,15 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sfpp_core.geometry import FPS
+from ..sfpp_core.errors import SettingsError
+from ..sfpp_core.geometry import FPS, SPATIAL_STRIDE
 from ..sfpp_core.outputs import SHOWN_SIDE, automatic_enlargement, check_enlargement
 from ..sfpp_core.video import check_output, forecast_bytes, open_writer
 from . import _host
 from ._host import io
-from .host_decoder import Stream, stream_of
+from .host_decoder import PreviewStream, Stream, stream_of
 from .lazy_latent import ChunkSource, source_of
 from .pace import Pace
 from .plain_errors import plain_errors
+
+VAE = "vae"
+"""Choice of decoder: what is connected."""
+
+PREVIEW = "preview"
+"""Choice of decoder: rough pictures that need no VAE."""
 
 LARGEST_FACTOR = automatic_enlargement(16, 16)
 """Most a picture is enlarged: as much as the smallest is by itself."""
@@ -46,9 +53,6 @@ class SFPPDecodeToVideo(io.ComfyNode):
                     tooltip="From the Long Sampler, which is asked for one chunk after the other. Other Wan "
                     "2.1 latents work too.",
                 ),
-                io.Vae.Input(
-                    "vae", tooltip="The Wan 2.1 VAE, a tiny one for Wan 2.1, or the demo's decoder."
-                ),
                 io.String.Input(
                     "filename_prefix",
                     default="video/SelfForcing",
@@ -71,6 +75,31 @@ class SFPPDecodeToVideo(io.ComfyNode):
                     tooltip="Longest video, in seconds, that is given as IMAGE too; 5 s are up to 81 frames. "
                     "Pictures take memory: a minute of 832x480 is 4.6 GB. Longer ones come as VIDEO only.",
                 ),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="Quality: the Wan 2.1 VAE. Fast: a tiny VAE for Wan 2.1 (taew2_1, lighttaew2_1). "
+                    "The demo has its own. May be left open for a preview.",
+                ),
+                io.Combo.Input(
+                    "decoder",
+                    options=[VAE, PREVIEW],
+                    default=VAE,
+                    optional=True,
+                    tooltip="vae: the one connected. preview: rough pictures straight from the latents, at "
+                    "once and without a VAE; choose vae later to decode the same video again in quality.",
+                ),
+                io.Int.Input(
+                    "tile",
+                    default=0,
+                    min=0,
+                    max=2048,
+                    step=32,
+                    optional=True,
+                    extra_dict={"advanced": True},
+                    tooltip="Pixels. For small cards: pictures are decoded in squares of this side that "
+                    "overlap by a quarter, e.g. 256. Slower; takes a fraction of the memory. 0: whole.",
+                ),
             ],
             outputs=[
                 io.Video.Output(display_name="VIDEO", tooltip="The MP4. Nothing of it is kept in memory."),
@@ -86,17 +115,24 @@ class SFPPDecodeToVideo(io.ComfyNode):
     @classmethod
     @plain_errors
     def execute(
-        cls, samples: dict[str, Any], vae: Any, filename_prefix: str, enlarge: int, image_seconds: float
+        cls,
+        samples: dict[str, Any],
+        filename_prefix: str,
+        enlarge: int,
+        image_seconds: float,
+        vae: Any = None,
+        decoder: str = VAE,
+        tile: int = 0,
     ) -> io.NodeOutput:
         """Write the video, and return it with its frames if they are few."""
-        source, stream = source_of(samples), stream_of(vae)
+        source, stream = source_of(samples), chosen_stream(vae, decoder, tile)
         width, height = source.size
         enlarge = enlarge or automatic_enlargement(width, height)
         check_enlargement(enlarge, width=width, height=height)
         path, subfolder = _host.output_file(filename_prefix, width * enlarge, height * enlarge, ".mp4")
         images = [] if source.frames <= 1 + image_seconds * FPS else None
         try:
-            with closing(decoded(source, stream, vae)) as frames:
+            with closing(decoded(source, stream, None if decoder == PREVIEW else vae)) as frames:
                 write_video(path, frames, source, enlarge=enlarge, images=images)
         finally:
             _host.seal(path, _host.metadata_of(cls))
@@ -104,6 +140,26 @@ class SFPPDecodeToVideo(io.ComfyNode):
             _host.blocked(too_long(source.frames, image_seconds)) if images is None else as_images(images)
         )
         return io.NodeOutput(_host.video(path), pictures, ui=_host.player(path, subfolder))
+
+
+def chosen_stream(vae: Any, decoder: str, tile: int) -> Stream:
+    """Return a fresh decoder.
+
+    Args:
+        vae: What is connected, or ``None``.
+        decoder: ``VAE`` or ``PREVIEW``.
+        tile: Side of the squares to decode in, in pixels; 0 for whole pictures.
+
+    Raises:
+        SettingsError: A VAE is needed and none is connected, or it is made for other latents.
+    """
+    if decoder == PREVIEW:
+        return PreviewStream()
+    if vae is None:
+        raise SettingsError(
+            "no VAE is connected; connect the Wan 2.1 VAE (Load VAE), or set decoder to preview."
+        )
+    return stream_of(vae, tile=tile // SPATIAL_STRIDE)
 
 
 def too_long(frames: int, limit: float) -> str:
@@ -122,7 +178,7 @@ def as_images(parts: list[Tensor]) -> Tensor:
 def decoded(source: ChunkSource, stream: Stream, vae: Any) -> Generator[Tensor]:
     """Yield the frames ``(F, 3, H, W)`` of each chunk; those past the end of the video are left out."""
     left = source.frames
-    with closing(source.chunks(beside=[vae.patcher])) as chunks:
+    with closing(source.chunks(beside=[] if vae is None else [vae.patcher])) as chunks:
         for chunk in chunks:
             frames = stream.decode(chunk)[:left]
             left -= len(frames)

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from ..sfpp_core.attention import Attend, choose
+from ..sfpp_core.cache_shape import StorageKind
 from ..sfpp_core.config import RolloutSettings, StudentConfig
 from ..sfpp_core.errors import CheckpointError, NumericsError
-from ..sfpp_core.geometry import VideoGeometry
-from ..sfpp_core.kv_cache import CacheShape
+from ..sfpp_core.geometry import TEMPORAL_STRIDE, VideoGeometry
 from ..sfpp_core.sampler import LongSampler
 from ..sfpp_core.student import CausalStudent
 from . import _host
+from .memory import memory_needed
 from .pace import Pace
 from .plain_errors import plain_errors
+from .start import Start
 
 TEXT_TO_VIDEO = {"WAN21", "WAN21_CausalAR"}
 """Core's names for the models a student can be: plain Wan 2.1, and Wan 2.1 marked as causal in its file."""
@@ -87,6 +89,8 @@ class Generation:
         geometry: VideoGeometry,
         settings: RolloutSettings,
         seed: int,
+        start: Start | None = None,
+        storage: StorageKind = "plain",
         maker: str | None = None,
     ) -> None:
         """Keep everything; nothing is loaded or computed before the first chunk is asked for."""
@@ -94,48 +98,67 @@ class Generation:
         self.geometry = geometry
         self.settings = settings
         self.seed = seed
+        self.start = start
+        self.storage: StorageKind = storage
         self._finished: list[Tensor] = []
         self._recipe: tuple[Any, StudentConfig, Tensor] | None = (model, config, embeddings)
 
     @property
     def frames(self) -> int:
-        """Frames the video has once decoded."""
+        """Frames the video has once decoded, those of the start included."""
         return self.geometry.frames
 
     @property
+    def latent_frames(self) -> int:
+        """Latent frames of all chunks together, those of the start included."""
+        return self.geometry.latent_frames
+
+    @property
     def total_chunks(self) -> int:
-        """Chunks of the whole video."""
-        return self.geometry.chunks
+        """Chunks of the whole video, and pieces of the start."""
+        return self._fresh + (0 if self.start is None else self.start.pieces)
 
     @property
     def kept(self) -> int:
         """Chunks that are finished, from the first."""
-        return len(self._finished)
+        return len(self._finished) + (0 if self.start is None else self.start.kept)
 
     @property
     def size(self) -> tuple[int, int]:
         """Width and height in pixels."""
         return self.geometry.width, self.geometry.height
 
+    @property
+    def _fresh(self) -> int:
+        """Chunks to generate."""
+        given = 0 if self.start is None else self.start.latent_frames // self.geometry.chunk
+        return self.geometry.chunks - given
+
     def __str__(self) -> str:
-        done = f"{len(self._finished)} of {self.total_chunks} chunks"
+        done = f"{self.kept} of {self.total_chunks} chunks"
         return f"{self.geometry.width}x{self.geometry.height}, {self.frames} frames, {done}"
 
     def chunks(self, *, beside: Sequence[Any] = ()) -> Generator[Tensor]:
-        """Yield every chunk ``(1, C, T, h, w)`` in the host's latents, finished ones first.
+        """Yield every chunk ``(1, C, T, h, w)`` in the host's latents: the start, finished ones, fresh ones.
 
         Args:
             beside: Other models that are needed between the chunks, for example that of a decoder.
         """
+        opening = []
+        if self.start is not None:
+            with closing(self.start.chunks(beside=beside)) as pieces:
+                for piece in pieces:
+                    opening.append(piece)
+                    yield piece
         kept = len(self._finished)
         yield from map(_host.to_host_latent, self._finished[:kept])
         if self._recipe is None:
             return
-        with closing(self._make(beside)) as fresh:
+        with closing(self._make(beside, opening)) as fresh:
             try:
                 for clean in fresh:
                     self._finished.append(clean)
-                    if len(self._finished) == self.total_chunks:
+                    if len(self._finished) == self._fresh:
                         self._recipe = None
                     yield _host.to_host_latent(clean)
             except NumericsError:
@@ -146,23 +169,22 @@ class Generation:
     @plain_errors
     def samples(self) -> Tensor:
         """Return the whole latent ``(1, C, T, h, w)``, generating what is missing with a progress bar."""
-        parts, pace = [], Pace(self.total_chunks, kept=self.kept)
+        parts, pace, frames = [], Pace(self.total_chunks, kept=self.kept), 0
         with _host.Progress(self.total_chunks, self.maker) as progress, closing(self.chunks()) as chunks:
-            for index, chunk in enumerate(chunks):
+            for number, chunk in enumerate(chunks, start=1):
                 parts.append(chunk)
-                progress.show(index + 1, pace.tick(self.geometry.frames_kept(index)))
-        needed = self.geometry.latent_frames
-        while self.geometry.frames_of(needed - 1) >= self.frames:
-            needed -= 1
+                before, frames = frames, min(self.frames, frames + 4 * chunk.shape[2] - 3 * (number == 1))
+                progress.show(number, pace.tick(frames - before))
+        needed = 1 + -(-(self.frames - 1) // TEMPORAL_STRIDE)
         return torch.cat(parts, dim=2)[:, :, :needed]
 
-    def _make(self, beside: Sequence[Any]) -> Generator[Tensor]:
-        """Yield the chunks that are missing, normalised, on the CPU."""
+    def _make(self, beside: Sequence[Any], opening: list[Tensor]) -> Generator[Tensor]:
+        """Yield the chunks that are missing, normalised, on the CPU, after a start in the host's latents."""
         assert self._recipe is not None
         model, config, embeddings = self._recipe
         models = [model, *beside]
-        activations = _host.activation_bytes(model, (1, config.channels, *self.geometry.chunk_shape))
-        _host.load(models, activations + self._memory_bytes(model, config))
+        needed = memory_needed(model, config, self)
+        _host.load(models, needed.activations + needed.remembered)
         with _host.running(model):
             sampler = LongSampler(
                 student=self._student(model, config),
@@ -170,14 +192,28 @@ class Generation:
                 settings=self.settings,
                 seed=self.seed,
                 device=model.load_device,
+                storage=self.storage,
             )
             if self._finished:
-                _host.say(f"going on after chunk {len(self._finished)} of {self.total_chunks}")
-            made = sampler.chunks(embeddings, past=list(self._finished))
-            for _ in range(len(self._finished), self.total_chunks):
+                _host.say(f"going on after chunk {self.kept} of {self.total_chunks}")
+            start, past = self._given(opening)
+            made = sampler.chunks(embeddings, start=start, past=past)
+            for _ in range(len(self._finished), self._fresh):
                 # Whoever used the last chunk may have pushed the model out; if not, this costs nothing.
-                _host.load(models, activations)
-                yield next(made).cpu()
+                _host.load(models, needed.activations)
+                yield next(made)[:, :, -self.geometry.chunk :].cpu()
+
+    def _given(self, opening: list[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+        """Return the start and the past as the sampler wants them: an image belongs to the first chunk."""
+        if not opening:
+            return None, list(self._finished)
+        start, lead = _host.from_host_latent(torch.cat(opening, dim=2)), self.geometry.lead
+        chunks = [*start[:, :, lead:].split(self.geometry.chunk, dim=2), *self._finished]
+        if not chunks[0].shape[2]:  # an image alone
+            chunks = chunks[1:]
+        if not chunks:
+            return start, []
+        return None, [torch.cat((start[:, :, :lead], chunks[0]), dim=2), *chunks[1:]]
 
     def _student(self, model: Any, config: StudentConfig) -> CausalStudent:
         """Return the student over the layers of ``model``."""
@@ -200,9 +236,3 @@ class Generation:
         shape = (1, config.heads, tokens, config.head_dim)
         like = torch.empty((), device=device, dtype=dtype)
         return choose("auto", shape=shape, visible=self.settings.window_chunks * tokens, like=like)
-
-    def _memory_bytes(self, model: Any, config: StudentConfig) -> float:
-        """Return the bytes a rollout remembers: its cache, and the keys and values of the text."""
-        cache = CacheShape.of(config, self.geometry, self.settings).numbers
-        text = 2 * config.layers * config.text_length * config.dim
-        return (cache + text) * _host.compute_dtype(model).itemsize

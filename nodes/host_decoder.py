@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from ..sfpp_core.errors import SettingsError
-from ._host import load
+from ..sfpp_core.latent_space import WAN_2_1
+from ..sfpp_core.preview_decoder import PreviewDecoder
+from ._host import from_host_latent, load
+from .tiles import TiledStream
 
 OVERLAP = 8
 """Latent frames decoded again before each chunk where an autoencoder cannot stream: all a tiny one sees."""
@@ -27,8 +30,13 @@ class Stream(Protocol):
         ...
 
 
-def stream_of(vae: Any) -> Stream:
+def stream_of(vae: Any, *, tile: int = 0) -> Stream:
     """Return a fresh stream of ``vae``, the demo's decoder or any of core's for Wan 2.1.
+
+    Args:
+        vae: The host's VAE, or the demo's.
+        tile: Side in latent cells of the squares that a picture is decoded in; 0 decodes it whole. The demo's
+            decoder is always whole.
 
     Raises:
         SettingsError: The autoencoder is not made for these latents.
@@ -41,10 +49,11 @@ def stream_of(vae: Any) -> Stream:
             f"this VAE has {vae.latent_channels} latent channels and decodes {vae.latent_dim - 1}-D latents; "
             "use the Wan 2.1 VAE (wan_2.1_vae.safetensors) or a tiny one made for Wan 2.1."
         )
-    if type(vae.first_stage_model).__name__ == "WanVAE":
-        return WanStream(vae)
-    logger.info("%s cannot be streamed exactly; chunks overlap.", type(vae.first_stage_model).__name__)
-    return OverlapStream(vae)
+    kind = type(vae.first_stage_model).__name__
+    stream = STREAMS.get(kind, OverlapStream)
+    if stream is OverlapStream:
+        logger.info("%s cannot be streamed exactly; chunks overlap.", kind)
+    return TiledStream(lambda: stream(vae), tile) if tile else stream(vae)
 
 
 class WanStream:
@@ -59,6 +68,7 @@ class WanStream:
         """Return the frames of the next chunk."""
         vae = self._vae
         load([vae.patcher], vae.memory_used_decode(chunk.shape, vae.vae_dtype))
+        self._move(vae.device)
         x = self._model.conv2(chunk.to(device=vae.device, dtype=vae.vae_dtype))
         frames = []
         if not self._features:
@@ -70,6 +80,14 @@ class WanStream:
         frames += [self._pass(part) for part in x.split(self._step, dim=2) if part.shape[2]]
         pictures = vae.process_output(torch.cat(frames, dim=2).float())
         return pictures[0].transpose(0, 1).cpu()
+
+    def park(self) -> None:
+        """Put what is remembered into main memory until the next chunk."""
+        self._move(torch.device("cpu"))
+
+    def _move(self, device: torch.device) -> None:
+        """Bring the features to ``device``."""
+        self._features = [part.to(device) if isinstance(part, Tensor) else part for part in self._features]
 
     @property
     def _step(self) -> int:
@@ -86,6 +104,52 @@ class WanStream:
         return torch.cat(out, dim=2) if isinstance(out, list) else out
 
 
+class PreviewStream:
+    """No autoencoder: one colour per latent cell, for rough pictures at once."""
+
+    def __init__(self) -> None:
+        self._decoder = PreviewDecoder(WAN_2_1)
+
+    def decode(self, chunk: Tensor) -> Tensor:
+        """Return the frames of the next chunk."""
+        return self._decoder.decode(from_host_latent(chunk))[0].cpu()
+
+
+class TinyStream:
+    """Core's tiny autoencoder: each of its blocks remembers the latest frame it has seen."""
+
+    def __init__(self, vae: Any) -> None:
+        self._vae = vae
+        self._model = vae.first_stage_model
+        self._past: dict[int, Tensor] = {}
+        self._surplus = self._model.frames_to_trim
+
+    def decode(self, chunk: Tensor) -> Tensor:
+        """Return the frames of the next chunk."""
+        vae = self._vae
+        load([vae.patcher], vae.memory_used_decode(chunk[:, :, :1].shape, vae.vae_dtype))
+        # Files in float16 are taew2_1, made for normalised latents; core takes them for HunyuanVideo's.
+        latent = chunk if self._model.latent_format is None else from_host_latent(chunk)
+        x = latent.to(device=vae.device, dtype=vae.vae_dtype)
+        frames = torch.cat([self._pass(part.squeeze(2)) for part in x.split(1, dim=2)])[self._surplus :]
+        self._surplus = 0
+        return vae.process_output(frames.float()).clamp(0, 1).cpu()
+
+    def park(self) -> None:
+        """Do nothing: what is remembered is small."""
+
+    def _pass(self, x: Tensor) -> Tensor:
+        """Return the frames ``(4, 3, H, W)`` of one latent frame ``(1, C, h, w)``."""
+        for index, module in enumerate(self._model.decoder):
+            if type(module).__name__ == "MemBlock":
+                past = torch.cat((self._past.get(index, torch.zeros_like(x[:1])), x[:-1]))
+                self._past[index] = x[-1:].clone()
+                x = module(x, past)
+            else:
+                x = module(x)
+        return x
+
+
 class OverlapStream:
     """Any other autoencoder: each chunk is decoded behind a piece of its past, whose frames are dropped."""
 
@@ -100,3 +164,10 @@ class OverlapStream:
         fresh = len(pictures) if self._past is None else 4 * chunk.shape[2]
         self._past = seen[:, :, -OVERLAP:]
         return pictures[-fresh:]
+
+    def park(self) -> None:
+        """Do nothing: what is remembered is small, and in main memory."""
+
+
+STREAMS = {"WanVAE": WanStream, "TAEHV": TinyStream}
+"""Core's names for the autoencoders that can be streamed exactly."""

@@ -29,6 +29,11 @@ class ChunkSource(Protocol):
         ...
 
     @property
+    def latent_frames(self) -> int:
+        """Latent frames of all chunks together."""
+        ...
+
+    @property
     def total_chunks(self) -> int:
         """Chunks of the whole video."""
         ...
@@ -75,6 +80,8 @@ class Finished:
             )
         self.maker: str | None = None
         self._samples = samples
+        self.channels = samples.shape[1]
+        self.latent_frames = samples.shape[2]
         self.frames = 1 + TEMPORAL_STRIDE * (samples.shape[2] - 1)
         self.total_chunks = -(-samples.shape[2] // self.LATENT_FRAMES)
         self.kept = 0  # nothing is made here: the pace is the decoder's

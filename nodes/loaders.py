@@ -1,25 +1,21 @@
 """Loaders of students and of the demo, as ComfyUI nodes."""
 
-import logging
-from pathlib import Path
+from typing import get_args
 
 from ..sfpp_core import demo
 from ..sfpp_core.checkpoint import load_words
-from ..sfpp_core.config import RolloutSettings
 from ..sfpp_core.decoder import load_decoder
-from ..sfpp_core.errors import CheckpointError
-from ..sfpp_core.inspection import inspect
+from ..sfpp_core.naming import Choice
+from ..sfpp_core.presets import FAMILIES
 from . import _host
 from ._host import io
 from .demo_decoder import DemoVAE
 from .demo_text import demo_clip
 from .plain_errors import plain_errors
-from .student_settings import StudentSettings
+from .student_file import AUTO, load_student_file, without_shards
 
 DEMO = "demo (built in)"
 """Entry of the student list that needs no download."""
-
-logger = logging.getLogger(__name__)
 
 
 class SFPPLoadStudent(io.ComfyNode):
@@ -38,41 +34,38 @@ class SFPPLoadStudent(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "student",
-                    options=[DEMO, *_host.model_files()],
+                    options=[DEMO, *without_shards(_host.model_files())],
                     default=DEMO,
-                    tooltip="A file of models/diffusion_models, or the tiny demo that comes with the pack.",
-                )
+                    tooltip="A file of models/diffusion_models, or the tiny demo that comes with the pack. "
+                    "Layouts of Wan, diffusers and Self-Forcing, also .pt and shards.",
+                ),
+                io.Combo.Input(
+                    "weights",
+                    options=list(get_args(Choice)),
+                    default=AUTO,
+                    optional=True,
+                    extra_dict={"advanced": True},
+                    tooltip="Of a training state with several sets of weights: ema, the averaged ones; live, "
+                    "those in training. auto takes the averaged ones where there are any.",
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=[AUTO, *FAMILIES],
+                    default=AUTO,
+                    optional=True,
+                    tooltip="How the student is rolled out: steps, shift, chunk, window and sink. auto: as "
+                    "its file says, else as Self-Forcing does it. Cache Settings override window and sink.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="For LoRA loaders and the Long Sampler.")],
         )
 
     @classmethod
     @plain_errors
-    def execute(cls, student: str) -> io.NodeOutput:
+    def execute(cls, student: str, weights: Choice = AUTO, preset: str = AUTO) -> io.NodeOutput:
         """Load the weights as core does, and attach what the file says about itself."""
         path = demo.file(demo.STUDENT) if student == DEMO else _host.model_path(student)
-        settings = read_settings(path)
-        return io.NodeOutput(_host.attach(_host.load_model(path), settings))
-
-
-def read_settings(path: Path) -> StudentSettings:
-    """Return what the header of a student's file says; the defaults where it says nothing.
-
-    Raises:
-        CheckpointError: The file is damaged, or holds something that is no transformer.
-    """
-    if path.suffix not in (".safetensors", ".sft"):
-        return StudentSettings()
-    info = inspect(path)
-    if info.config is None:
-        raise CheckpointError(
-            f"{path.name} is not a student; it looks like {info.looks_like}. "
-            "Choose a Wan 2.1 text-to-video student."
-        )
-    if not info.causal:
-        logger.warning("%s does not say that it was distilled to generate chunk by chunk.", path.name)
-    rollout = info.settings or RolloutSettings()
-    return StudentSettings(rollout=rollout, text_length=info.config.text_length)
+        return io.NodeOutput(load_student_file(path, choice=weights, preset=preset))
 
 
 class SFPPLoadDemo(io.ComfyNode):

@@ -2,20 +2,32 @@
 
 import logging
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
+from ..sfpp_core.cache_shape import StorageKind
 from ..sfpp_core.conditioning import fit_text
-from ..sfpp_core.config import RolloutSettings
-from ..sfpp_core.geometry import VideoGeometry, frames_in
+from ..sfpp_core.config import RolloutSettings, StudentConfig
+from ..sfpp_core.geometry import VideoGeometry, frames_in, lead_of
 from . import _host
 from ._host import io
 from .conditioning import embeddings_of
 from .generation import Generation, architecture
 from .lazy_latent import LazyLatent
+from .memory import memory_needed
 from .plain_errors import plain_errors
-from .student_settings import settings_of
+from .start import Start, in_words
+from .student_settings import causal, settings_of
 
 Cache = io.Custom("SFPP_CACHE")
+
+NOT_CAUSAL = (
+    "This MODEL does not say that it was trained to generate chunk by chunk. A plain Wan makes poor video "
+    "here; use a student distilled with Self-Forcing or one of its kin."
+)
+"""What the log says of a model, unless its file or its loader knows better."""
+
+NOT_CAUSAL_IN_SHORT = "Warning: not marked as causal; plain Wan makes poor video."
+"""What the node says, where there is room for a line or two."""
 
 LONGEST_SECONDS = 3600.0
 """Longest video: its latents, 5.8 GB at 832x480, are kept in main memory."""
@@ -31,8 +43,11 @@ class CacheChoice:
     sink: int
     sink_positions: str
 
+    storage: StorageKind = "plain"
+    """How keys and values are kept."""
+
     def __str__(self) -> str:
-        return f"window {self.window}, sink {self.sink} ({self.sink_positions})"
+        return f"window {self.window}, sink {self.sink} ({self.sink_positions}), {self.storage}"
 
     def over(self, settings: RolloutSettings) -> RolloutSettings:
         """Return ``settings`` with these in their place.
@@ -79,15 +94,25 @@ class SFPPCacheSettings(io.ComfyNode):
                     tooltip="Where attention places the sink: at its true time, or right before the rest of "
                     "the window.",
                 ),
+                io.Combo.Input(
+                    "storage",
+                    options=list(get_args(StorageKind)),
+                    default="plain",
+                    optional=True,
+                    tooltip="plain: on the card as computed, 6 GB at 832x480. fp8: half of that, a little "
+                    "less exact. host: in main memory, fetched layer by layer; slower. fp8-host: both.",
+                ),
             ],
             outputs=[Cache.Output(display_name="CACHE")],
         )
 
     @classmethod
     @plain_errors
-    def execute(cls, window: int, sink: int, sink_positions: str) -> io.NodeOutput:
+    def execute(
+        cls, window: int, sink: int, sink_positions: str, storage: StorageKind = "plain"
+    ) -> io.NodeOutput:
         """Hand the choice on; the sampler checks it against the student's chunk."""
-        return io.NodeOutput(CacheChoice(window, sink, sink_positions))
+        return io.NodeOutput(CacheChoice(window, sink, sink_positions, storage))
 
 
 class SFPPLongSampler(io.ComfyNode):
@@ -129,8 +154,9 @@ class SFPPLongSampler(io.ComfyNode):
                     max=LONGEST_SECONDS,
                     step=1.0,
                     round=0.01,
-                    tooltip="Length at 16 frames per second. The video memory does not grow with it; the "
-                    "finished latents stay in main memory, 97 MB per minute of 832x480.",
+                    tooltip="Length at 16 frames per second; after a start, what is added to it. The video "
+                    "memory does not grow with it; finished latents stay in main memory, 97 MB per minute of "
+                    "832x480.",
                 ),
                 io.Int.Input(
                     "video_seed",
@@ -146,6 +172,12 @@ class SFPPLongSampler(io.ComfyNode):
                     "cache",
                     optional=True,
                     tooltip="From Cache Settings. Left open: the student's own, usually window 21, sink 0.",
+                ),
+                io.Latent.Input(
+                    "start",
+                    optional=True,
+                    tooltip="What the video begins with, from VAE Encode (an image, or a clip to go on from) "
+                    "or from another Long Sampler. Of the same width and height. The video contains it.",
                 ),
             ],
             outputs=[
@@ -167,15 +199,18 @@ class SFPPLongSampler(io.ComfyNode):
         seconds: float,
         video_seed: int,
         cache: CacheChoice | None = None,
+        start: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
         """Check everything and return a latent that is generated as it is read."""
-        if ignored := _host.additions_without_effect(model):
-            logger.warning("Without effect in the Long Sampler: %s on the MODEL.", ", ".join(ignored))
         student = settings_of(model)
         settings = student.rollout if cache is None else cache.over(student.rollout)
-        geometry = VideoGeometry(width=width, height=height, frames=frames_in(seconds), chunk=settings.chunk)
         config = architecture(model, text_length=student.text_length)
         embeddings = fit_text(embeddings_of(conditioning), config)
+        opening, frames, lead = None, frames_in(seconds), 0
+        if start is not None:
+            opening = Start.of(start, width=width, height=height, chunk=settings.chunk)
+            frames, lead = frames + opening.frames, lead_of(opening.latent_frames, chunk=settings.chunk)
+        geometry = VideoGeometry(width=width, height=height, frames=frames, chunk=settings.chunk, lead=lead)
         video = Generation(
             model,
             config,
@@ -183,6 +218,24 @@ class SFPPLongSampler(io.ComfyNode):
             geometry=geometry,
             settings=settings,
             seed=video_seed,
+            start=opening,
+            storage="plain" if cache is None else cache.storage,
             maker=cls.hidden.unique_id,
         )
+        _host.say("\n".join(remarks(video, model, config)))
         return io.NodeOutput(LazyLatent(video))
+
+
+def remarks(video: Generation, model: Any, config: StudentConfig) -> list[str]:
+    """Return what the user should know before the run, most important first; the log has it in full."""
+    found = []
+    if not causal(model):
+        logger.warning("%s", NOT_CAUSAL)
+        found.append(NOT_CAUSAL_IN_SHORT)
+    if ignored := ", ".join(_host.additions_without_effect(model)):
+        logger.warning("Without effect in the Long Sampler: %s on the MODEL.", ignored)
+        found.append(f"Without effect: {ignored}.")
+    needed = memory_needed(model, config, video)
+    facts = [f"needs {needed}"] if video.start is None else [in_words(video.start), f"needs {needed}"]
+    logger.info("%s: %s", video, "; ".join(facts))
+    return found + facts

@@ -17,7 +17,15 @@ class StudentSettings:
     text_length: int = 512
     """Text embeddings the student attends to."""
 
+    causal: bool = False
+    """Whether the file says that it was trained to generate chunk by chunk."""
+
 
 def settings_of(model: Any) -> StudentSettings:
     """Return the settings a model was loaded with; a model from another loader gets the defaults."""
     return _host.attached(model) or StudentSettings()
+
+
+def causal(model: Any) -> bool:
+    """Return whether ``model`` is known to have been trained to generate chunk by chunk."""
+    return settings_of(model).causal or _host.marked_causal(model)

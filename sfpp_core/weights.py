@@ -209,7 +209,9 @@ def _head(path: Path) -> bytes:
 
 def _open_file(path: Path) -> Weights:
     """Open one file with tensors."""
-    if _head(path).startswith((ZIP, *PICKLE)):
+    head = _head(path)
+    # The length of a safetensors header may begin as a pickle does; the brace after it tells them apart.
+    if head.startswith((ZIP, *PICKLE)) and head[8:9] != b"{":
         return _open_pickle(path)
     header = read_header(path)
     return Weights(

@@ -83,11 +83,13 @@ def load():
         host.stop_if_cancelled = lambda: None
         host.running = lambda model: nullcontext()
         host.compute_dtype = lambda model: torch.float32
-        host.activation_bytes = lambda model, shape: 0
         host.attention_of = lambda model, heads: None
         host.parameter_reader = lambda model: lambda parameter: parameter
         host.seal = lambda path, metadata: host.sealed.append((path, metadata))
         host.sealed, host.metadata_of = [], lambda node: {"workflow": "w"}
+        host.marked_causal = lambda model: False
+        host.additions_without_effect = lambda model: []
+        host.attached = lambda model: getattr(model, "settings", None)
         host.blocked = lambda message: ("blocked", message)
         host.video = host.player = lambda *values: values
         sys.modules |= {NAME: package, host.__name__: host}

@@ -156,8 +156,8 @@ def fail(monkeypatch):
     original = LongSampler.chunks
 
     def fail_with(error):
-        def chunks(self, embeddings):
-            yield from itertools.islice(original(self, embeddings), 2)
+        def chunks(self, embeddings, **more):
+            yield from itertools.islice(original(self, embeddings, **more), 2)
             raise error
 
         monkeypatch.setattr(LongSampler, "chunks", chunks)

@@ -112,11 +112,15 @@ def test_weights_that_are_not_numbers_are_refused(files, out, capsys, tmp_path):
     assert not out.exists()
 
 
-def test_a_wan_student_needs_its_text_encoder(files, out, capsys, tmp_path):
+def test_a_wan_student_needs_its_text_encoder_and_its_decoder(files, out, capsys, tmp_path):
     config = tiny.StudentConfig(dim=128, ffn_dim=64, heads=1, layers=1, text_dim=4096)
     wan = tmp_path / "wan.safetensors"
     weights_file.write(wan, tiny.network(config).state_dict(), {})
-    refused(capsys, command(files, out, "--student", wan), "its own text encoder (512 embeddings of 4096")
+    words = command(files, out, "--student", wan)
+    refused(capsys, words, "the word encoder makes 7 embeddings of 20 and the student hears 512 of 4096")
+    for option in ("--words", "--decoder"):
+        del words[words.index(option) : words.index(option) + 2]
+    refused(capsys, words, "hears 512 embeddings of 4096, made by umT5; name the text encoder with --text-en")
 
 
 def test_a_demo_without_its_files_is_told(out, capsys, monkeypatch, tmp_path):

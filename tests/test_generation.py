@@ -11,6 +11,9 @@ import torch
 from tiny import CONFIG
 
 generation = pack.module("nodes.generation")
+starts = pack.module("nodes.start")
+lazy_latent = pack.module("nodes.lazy_latent")
+geometry = pack.module("sfpp_core.geometry")
 host = pack.module("nodes._host")
 errors = pack.module("sfpp_core.errors")
 
@@ -41,8 +44,8 @@ def test_the_architecture_is_read_from_the_loaded_model():
     assert generation.architecture(wan("WAN21_CausalAR"), text_length=7).text_length == 7
 
 
-def generation_of():
-    """Return a video of six chunks over the tiny student, and a weak reference to its network."""
+def generation_of(*, start=None, lead=0, frames=60, **changes):
+    """Return a video over the tiny student, six chunks long, and a weak reference to its network."""
     model = wan()
     model.model.diffusion_model = tiny.network()
     model.load_device = "cpu"
@@ -50,9 +53,11 @@ def generation_of():
         model,
         generation.StudentConfig(**{name: getattr(CONFIG, name) for name in CONFIG.__slots__}),
         embeddings=tiny.text(),
-        geometry=pack.module("sfpp_core.geometry").VideoGeometry(width=32, height=32, frames=60),
+        geometry=geometry.VideoGeometry(width=32, height=32, frames=frames, lead=lead),
         settings=generation.RolloutSettings(window=6),
         seed=0,
+        start=start,
+        **changes,
     )
     return video, weakref.ref(model.model.diffusion_model)
 
@@ -153,7 +158,7 @@ def test_a_chunk_refused_late_is_not_kept(monkeypatch):
     """On a GPU the answer that a chunk is not finite comes with the next one, when it has been handed out."""
     numerics = generation.NumericsError
 
-    def chunks(self, embeddings, *, past=()):
+    def chunks(self, embeddings, *, start=None, past=()):
         yield from torch.zeros(3, 1, 16, 3, 4, 4)
         raise numerics("chunk 2 came out as numbers that are not finite")
 
@@ -162,3 +167,84 @@ def test_a_chunk_refused_late_is_not_kept(monkeypatch):
     with pytest.raises(numerics):
         list(video.chunks())
     assert str(video).endswith("2 of 6 chunks")
+
+
+def clip_of(latent_frames, *, chunk=3):
+    """Return the start that the first latent frames of the plain video are."""
+    whole = torch.cat(list(generation_of()[0].chunks()), dim=2)
+    return starts.Start(lazy_latent.Finished(whole[:, :, :latent_frames]), chunk=chunk)
+
+
+@pytest.mark.parametrize("latent_frames", [3, 9, 15])
+def test_a_video_that_starts_from_its_own_beginning_goes_on_as_it_did(latent_frames):
+    video, _ = generation_of(start=clip_of(latent_frames))
+    torch.testing.assert_close(video.samples(), generation_of()[0].samples())
+    assert str(video).endswith("6 of 6 chunks")
+
+
+def test_a_sampler_after_a_sampler_streams_and_gives_one_video():
+    first, _ = generation_of(frames=33)
+    video, network = generation_of(
+        start=starts.Start.of(lazy_latent.LazyLatent(first), width=32, height=32, chunk=3)
+    )
+    with closing(video.chunks()) as chunks:
+        next(chunks)
+        assert str(first).endswith("1 of 3 chunks")  # the first is read while it is made
+        assert str(video).endswith("1 of 6 chunks")
+    torch.testing.assert_close(video.samples(), generation_of()[0].samples())
+    assert network() is None
+
+
+@pytest.mark.parametrize("stop", [1, 2, 4])
+def test_a_started_video_that_is_stopped_goes_on(stop):
+    for start, lead in ((clip_of(6), 0), (clip_of(1), 1), (clip_of(7), 1)):
+        whole = generation_of(start=start, lead=lead)[0].samples()
+        video, _ = generation_of(start=start, lead=lead)
+        with closing(video.chunks()) as chunks:
+            for _ in range(stop):
+                next(chunks)
+        torch.testing.assert_close(video.samples(), whole)
+
+
+def test_an_image_is_the_first_frame_and_its_video_is_the_sampler_s():
+    start = clip_of(1)
+    video, _ = generation_of(start=start, lead=1, frames=49)
+    parts = list(video.chunks())
+    assert [part.shape[2] for part in parts] == [1, 3, 3, 3, 3]
+    image = start.source.samples()
+    assert torch.equal(parts[0], image)
+    sampler = pack.module("sfpp_core.sampler").LongSampler(
+        student=pack.module("sfpp_core.student").CausalStudent(tiny.network(), CONFIG),
+        geometry=geometry.VideoGeometry(width=32, height=32, frames=49, lead=1),
+        settings=generation.RolloutSettings(window=6),
+    )
+    expected = torch.cat(list(sampler.chunks(tiny.text(), start=host.from_host_latent(image))), dim=2)
+    torch.testing.assert_close(host.from_host_latent(torch.cat(parts, dim=2)), expected)
+
+
+@pytest.mark.parametrize(
+    ("latent_frames", "chunk", "kept"),
+    [(1, 3, 1), (2, 3, 1), (3, 3, 3), (4, 3, 4), (20, 3, 19), (21, 3, 21), (5, 1, 5), (7, 4, 5)],
+)
+def test_a_clip_of_any_length_starts_a_video(latent_frames, chunk, kept):
+    start = starts.Start(lazy_latent.Finished(torch.randn(1, 16, latent_frames, 4, 4)), chunk=chunk)
+    assert (start.latent_frames, start.dropped) == (kept, latent_frames - kept)
+    assert geometry.lead_of(start.latent_frames, chunk=chunk) in (0, 1)
+    parts = list(start.chunks())
+    assert len(parts) == start.pieces
+    assert torch.equal(torch.cat(parts, dim=2), start.source.samples()[:, :, :kept])
+    assert ("left out" in starts.in_words(start)) == bool(start.dropped)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((1, 16, 1, 4, 6), "start is 48x32 and the video 32x32"), ((1, 48, 1, 4, 4), "has 48 latent channels")],
+)
+def test_a_start_that_does_not_fit_is_refused(shape, message):
+    with pytest.raises(errors.GeometryError, match=message):
+        starts.Start.of({"samples": torch.zeros(shape)}, width=32, height=32, chunk=3)
+
+
+def test_keys_in_main_memory_change_nothing():
+    kept_there = generation_of(storage="host")[0].samples()
+    torch.testing.assert_close(kept_there, generation_of()[0].samples())

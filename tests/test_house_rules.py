@@ -22,7 +22,10 @@ MAY_NOT_IMPORT = {
     "training": HOST,
     "nodes": {"training", "sfpp_core"},  # relative imports only: the host gives us no package name
 }
-LATE = {"diffusers", "transformers", "matplotlib", "torchvision", "xformers", "flash_attn", "sageattention"}
+LATE = {
+    "diffusers", "transformers", "peft", "sentencepiece", "tokenizers", "ftfy", "matplotlib", "torchvision",
+    "xformers", "flash_attn", "sageattention",
+}  # fmt: skip
 SOURCES = [path for folder in MAY_NOT_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]
 EVERYTHING = [ROOT / "__init__.py", *SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
 

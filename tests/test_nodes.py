@@ -248,7 +248,7 @@ def test_an_enlargement_no_player_takes_is_refused_before_anything_is_made():
     settings = {"filename_prefix": "a", "image_seconds": 0}
     with pytest.raises(ValueError, match="enlarge is 3; at 4096x16 use 1 to 2"):
         decoding.SFPPDecodeToVideo.execute(
-            LazyLatent(source), SimpleNamespace(stream=Stream), enlarge=3, **settings
+            LazyLatent(source), vae=SimpleNamespace(stream=Stream), enlarge=3, **settings
         )
     assert source.reads == 0
 
@@ -288,3 +288,13 @@ def test_cache_settings_are_checked_against_the_chunk_of_the_student():
         errors.SettingsError, match="window is 20 latent frames; it must be a multiple of the chunk"
     ):
         sampling.CacheChoice(20, 0, "absolute").over(settings)
+
+
+def test_the_price_of_tiles_is_as_the_help_page_says():
+    spans = pack.module("sfpp_core.tiling").spans
+    tile, rows, columns = 256 // 8, 480 // 8, 832 // 8
+    tiles = len(spans(rows, tile, tile // 4, 8)) * len(spans(columns, tile, tile // 4, 8))
+    part = tile * tile / (rows * columns)
+    assert (round(1 / part), round(tiles * part)) == (6, 2)
+    page = Path(pack.ROOT / "nodes/web/docs/SFPPDecodeToVideo.md").read_text()
+    assert "takes about a sixth of the memory of a whole picture, and twice its time" in page

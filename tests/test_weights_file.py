@@ -3,11 +3,14 @@
 import pytest
 import tiny
 import tiny_demo
+import torch
 from tiny_demo import write_raw
 
 from sfpp_core.checkpoint import load_student, save
 from sfpp_core.errors import CheckpointError
 from sfpp_core.inspection import inspect
+from sfpp_core.weights import open_weights
+from sfpp_core.weights_file import _header_bytes, write
 
 
 @pytest.fixture
@@ -89,3 +92,12 @@ def test_hostile_headers_are_refused(path, header):
     write_raw(path, header, bytes(4))
     with pytest.raises(CheckpointError, match="damaged header"):
         inspect(path)
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_header_whose_length_begins_like_a_pickle_is_a_header(path, length):
+    tensor = torch.arange(6.0)
+    plain = len(_header_bytes({"numbers": tensor}, {"note": ""})) - 8
+    write(path, {"numbers": tensor}, {"note": "x" * (length - plain)})
+    assert int.from_bytes(path.read_bytes()[:8], "little") == length
+    assert torch.equal(open_weights(path).tensor("numbers"), tensor)

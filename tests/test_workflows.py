@@ -5,20 +5,25 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from pack import ROOT, Socket, schemas
+
+from sfpp_core.config import WAN_1_3B, RolloutSettings
+from sfpp_core.forecast import forecast
+from sfpp_core.geometry import VideoGeometry
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 NODES = schemas()
 SURFACE = {
-    "SFPPLoadStudent": (["student"], ["MODEL"]),
+    "SFPPLoadStudent": (["student", "weights", "preset"], ["MODEL"]),
     "SFPPLoadDemo": ([], ["CLIP", "VAE"]),
-    "SFPPCacheSettings": (["window", "sink", "sink_positions"], ["SFPP_CACHE"]),
+    "SFPPCacheSettings": (["window", "sink", "sink_positions", "storage"], ["SFPP_CACHE"]),
     "SFPPLongSampler": (
-        ["model", "conditioning", "width", "height", "seconds", "video_seed", "cache"],
+        ["model", "conditioning", "width", "height", "seconds", "video_seed", "cache", "start"],
         ["LATENT"],
     ),
     "SFPPDecodeToVideo": (
-        ["samples", "vae", "filename_prefix", "enlarge", "image_seconds"],
+        ["samples", "filename_prefix", "enlarge", "image_seconds", "vae", "decoder", "tile"],
         ["VIDEO", "IMAGE"],
     ),
 }
@@ -27,8 +32,44 @@ SURFACE = {
 CORE = {
     "CLIPTextEncode": ([Socket("CLIP", "clip"), Socket("STRING", "text")], ["CONDITIONING"]),
     "MarkdownNote": ([Socket("STRING", "text")], []),
+    "CLIPLoader": (
+        [
+            Socket("COMBO", "clip_name", options=[]),
+            Socket("COMBO", "type", options=["wan"]),
+            Socket("COMBO", "device", options=["default", "cpu"]),
+        ],
+        ["CLIP"],
+    ),
+    "VAELoader": ([Socket("COMBO", "vae_name", options=[])], ["VAE"]),
+    "VAEEncode": ([Socket("IMAGE", "pixels"), Socket("VAE", "vae")], ["LATENT"]),
+    "LoadImage": (
+        [Socket("COMBO", "image", options=["example.png"]), Socket("COMBO", "upload", options=["image"])],
+        ["IMAGE", "MASK"],
+    ),
+    "LoadVideo": (
+        [Socket("COMBO", "file", options=["clip.mp4"]), Socket("COMBO", "upload", options=["image"])],
+        ["VIDEO"],
+    ),
+    "GetVideoComponents": ([Socket("VIDEO", "video")], ["IMAGE", "AUDIO", "FLOAT"]),
+    "ImageScale": (
+        [
+            Socket("IMAGE", "image"),
+            Socket("COMBO", "upscale_method", options=["lanczos"]),
+            Socket("INT", "width", min=0, max=16384),
+            Socket("INT", "height", min=0, max=16384),
+            Socket("COMBO", "crop", options=["center"]),
+        ],
+        ["IMAGE"],
+    ),
 }
-"""What the workflows use of the host: inputs and kinds of output."""
+"""What the workflows use of the host: inputs and kinds of output. tests/host asks the host itself."""
+
+FOLDERS = {
+    "SFPPLoadStudent": "diffusion_models",
+    "CLIPLoader": "text_encoders",
+    "VAELoader": "vae",
+}
+"""Where the host looks for the files of a loader."""
 
 
 def name_of(path):
@@ -43,10 +84,15 @@ def described(kind):
     return NODES[kind].inputs, [output.kind for output in NODES[kind].outputs]
 
 
-def problem(socket: Socket, value):
+def models_of(node):
+    """Return the files to download that a node names."""
+    return {model["name"]: model for model in node["properties"].get("models", [])}
+
+
+def problem(socket: Socket, value, files=()):
     """Return what is wrong with the value of a widget, or an empty text."""
     limits = socket.fields
-    if socket.kind == "COMBO" and value not in limits["options"]:
+    if socket.kind == "COMBO" and value not in [*limits["options"], *files]:
         return f"{value!r} is not one of {limits['options']}"
     if socket.kind == "STRING" and not isinstance(value, str):
         return f"{value!r} is not a text"
@@ -77,7 +123,8 @@ def test_every_widget_has_a_value_that_is_allowed(path):
         assert len(values) == len(widgets), (
             f"{node['type']} has widgets {[socket.name for socket in widgets]}"
         )
-        problems = [problem(socket, value) for socket, value in zip(widgets, values, strict=True)]
+        files = models_of(node)
+        problems = [problem(socket, value, files) for socket, value in zip(widgets, values, strict=True)]
         assert not any(problems), f"{node['type']}: {problems}"
 
 
@@ -104,8 +151,44 @@ def test_nothing_that_must_be_linked_is_left_open(path):
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=name_of)
-def test_a_note_explains_the_workflow(path):
-    assert "MarkdownNote" in {node["type"] for node in json.loads(path.read_text())["nodes"]}
+def test_a_note_explains_the_workflow_and_names_every_file_and_its_folder(path):
+    nodes = json.loads(path.read_text())["nodes"]
+    (note,) = (node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote")
+    for node in nodes:
+        for name, model in models_of(node).items():
+            assert f"- `{model['directory']}`: [{name}]({model['url']})" in note
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=name_of)
+def test_a_file_that_is_needed_can_be_downloaded_into_the_folder_of_its_loader(path):
+    for node in json.loads(path.read_text())["nodes"]:
+        for name, model in models_of(node).items():
+            assert name in node["widgets_values"]
+            assert model["directory"] == FOLDERS[node["type"]]
+            assert re.fullmatch(
+                rf"https://huggingface\.co/[\w./-]+/resolve/main/[\w./-]*{name}", model["url"]
+            )
+
+
+def test_the_memory_in_the_notes_is_what_is_forecast():
+    video = VideoGeometry(width=832, height=480, frames=960)
+    plain = forecast(WAN_1_3B, video, RolloutSettings(), torch.float16)
+    told = (
+        f"takes {plain.weights / 1e9:.1f} GB of video memory in 16 bits",
+        f"{plain.cache / 1e9:.0f} GB, however",
+    )
+    assert all(text in note_of("text_to_video") for text in told)
+    small = RolloutSettings(window=12, sink=3)
+    least = forecast(WAN_1_3B, video, small, torch.float16, storage="fp8-host")
+    assert least.cache + least.text + least.activations < 1e9
+    assert f"takes {forecast(WAN_1_3B, video, small, torch.float16, storage='fp8').cache / 1e9:.1f} GB" in (
+        note_of("small_card")
+    )
+
+
+def note_of(name):
+    nodes = json.loads((ROOT / "workflows" / f"{name}.json").read_text())["nodes"]
+    return next(node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote")
 
 
 @pytest.mark.parametrize("name", NODES)

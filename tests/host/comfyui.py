@@ -32,7 +32,7 @@ class ComfyUI:
         self._log = base / "log.txt"
         self._process = None
 
-    def start(self):
+    def start(self, *options):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -40,6 +40,7 @@ class ComfyUI:
         command = [self.python, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port)]
         command += ["--disable-api-nodes", "--base-directory", str(self.base)]
         command += ["--database-url", f"sqlite:///{self.base / 'user' / 'comfyui.db'}"]
+        command += [option for option in options if option]
         quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -55,6 +56,11 @@ class ComfyUI:
     def kill(self):
         self._process.kill()
         self._process.wait(30)
+
+    @property
+    def options(self):
+        """What the host says about its command line."""
+        return (self.source / "comfy/cli_args.py").read_text()
 
     @property
     def log(self):
@@ -113,11 +119,13 @@ class ComfyUI:
         entries = [entry for found in outputs[node].values() for entry in found if isinstance(entry, dict)]
         return [self.output / entry["subfolder"] / entry["filename"] for entry in entries]
 
-    def wait_for_file(self, pattern):
+    def wait_for_file(self, pattern, *, larger_than=50_000):
         """Wait until a file of the output folder has begun to grow; return it."""
 
         def found():
-            return next((path for path in self.output.glob(pattern) if path.stat().st_size > 50_000), None)
+            return next(
+                (path for path in self.output.glob(pattern) if path.stat().st_size > larger_than), None
+            )
 
         return self._wait(found, RUN_SECONDS, f"no file {pattern} appears")
 

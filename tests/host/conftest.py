@@ -22,7 +22,13 @@ def new_host(tmp_path_factory):
     source, python = (os.environ.get(name) for name in ("SFPP_COMFYUI", "SFPP_COMFYUI_PYTHON"))
     if not source or not python:
         pytest.skip("SFPP_COMFYUI and SFPP_COMFYUI_PYTHON name no ComfyUI")
-    return lambda: ComfyUI(Path(source), python, tmp_path_factory.mktemp("comfyui"), ROOT)
+
+    def make():
+        server = ComfyUI(Path(source), python, tmp_path_factory.mktemp("comfyui"), ROOT)
+        (server.base / "custom_nodes/probe").symlink_to(HERE / "probe")
+        return server
+
+    return make
 
 
 @pytest.fixture(scope="session")

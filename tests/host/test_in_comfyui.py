@@ -1,6 +1,5 @@
 """The pack in a real ComfyUI: it loads, generates, decodes, stops, goes on, and says what is wrong."""
 
-import inspect
 import itertools
 import json
 import subprocess
@@ -12,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from wan_constants import wan_constants
 
 from sfpp_core import demo
 from sfpp_core.config import RolloutSettings
@@ -137,11 +137,7 @@ def test_core_decodes_the_lazy_latent_to_the_same_pictures(host):
 
 @pytest.mark.parametrize("kind", ["wan", "tiny"])
 def test_a_vae_of_the_host_decodes_in_chunks_what_it_decodes_whole(host, kind):
-    target = host.base / f"models/vae/{kind}.safetensors"
-    script = Path(__file__).parent / "write_vae.py"
-    subprocess.run(
-        [host.python, str(script), kind, str(target)], cwd=host.source, check=True, capture_output=True
-    )
+    target = vae_file(host, kind)
     prompt = generating(seconds=4) | decoding(kind, vae=("vae", 0))
     prompt |= pictures(f"{kind}_streamed", ("video", 1)) | pictures(f"{kind}_whole", ("decode", 0))
     prompt["vae"] = ("VAELoader", {"vae_name": target.name})
@@ -153,6 +149,96 @@ def test_a_vae_of_the_host_decodes_in_chunks_what_it_decodes_whole(host, kind):
     assert np.abs(whole[:64] - streamed).max() <= 1
 
 
+def vae_file(host, kind):
+    """Return the file of a VAE of random weights in the host's folder."""
+    target = host.base / f"models/vae/{kind}.safetensors"
+    if not target.exists():
+        script = [host.python, str(Path(__file__).parent / "write_vae.py"), kind, str(target)]
+        subprocess.run(script, cwd=host.source, check=True, capture_output=True)
+    return target
+
+
+@pytest.mark.parametrize("kind", ["wan", "tiny"])
+def test_tiles_give_nearly_the_same_pictures(host, kind):
+    """Random weights see further than trained ones, and Wan's the whole picture; a seam would be far off."""
+    size = {"width": 192, "height": 128}
+    target, found = vae_file(host, kind), {}
+    for tile in (0, 128):
+        prompt = generating(seconds=1, **size) | decoding(f"{kind}{tile}", vae=("vae", 0), tile=tile)
+        prompt |= pictures(f"tile_{kind}{tile}", ("video", 1))
+        prompt["vae"] = ("VAELoader", {"vae_name": target.name})
+        found[tile] = pixels(host.files(host.run(prompt), f"tile_{kind}{tile}"))
+    difference = np.abs(found[0] - found[128]).mean()
+    assert 0 < difference < 0.1 * found[0].std()
+
+
+def test_half_precision_tiny_files_get_normalised_latents(host):
+    """Core takes them for another model's; their own frames come from latents without mean and deviation."""
+    target = vae_file(host, "half")
+    prompt = (
+        generating(seconds=1) | decoding("half", vae=("vae", 0)) | pictures("half", ("video", 1)) | saving()
+    )
+    prompt["vae"] = ("VAELoader", {"vae_name": target.name})
+    outputs = host.run(prompt)
+    seen = pixels(host.files(outputs, "half"))
+    latent = latent_of(host, outputs)
+    mean, std = wan_constants()
+    expected = whole_tiny(load_file(target), (latent - mean) / std)
+    assert np.abs(seen - (expected.clamp(0, 1) * 255).numpy()[: len(seen)]).max() < 3
+
+
+def whole_tiny(weights, latent):
+    """Return the frames ``(F, H, W, 3)`` of a tiny decoder, written down from its description."""
+    from torch.nn import functional
+
+    def conv(x, name):
+        bias = weights.get(f"{name}.bias")
+        kernel = weights[f"{name}.weight"].float()
+        padding = kernel.shape[-1] // 2
+        return functional.conv2d(x, kernel, None if bias is None else bias.float(), padding=padding)
+
+    def remembering(x, name):
+        past = torch.cat((torch.zeros_like(x[:1]), x[:-1]))
+        y = torch.cat((x, past), dim=1)
+        for layer in (0, 2):
+            y = conv(y, f"{name}.conv.{layer}").relu()
+        return (conv(y, f"{name}.conv.4") + x).relu()
+
+    x = conv(torch.tanh(latent[0].movedim(0, 1) / 3) * 3, "decoder.1").relu()
+    for first, frames in ((3, 1), (9, 2), (15, 2)):
+        for unit in range(first, first + 3):
+            x = remembering(x, f"decoder.{unit}")
+        x = functional.interpolate(x, scale_factor=2)
+        x = conv(x, f"decoder.{first + 4}.conv").unflatten(1, (frames, -1)).flatten(0, 1)
+        x = conv(x, f"decoder.{first + 5}")
+    return conv(x.relu(), "decoder.22")[3:].movedim(1, -1)
+
+
+def test_a_preview_needs_no_vae_and_the_same_video_is_decoded_again_without_sampling(host):
+    prompt = generating(seconds=2, seed=21)
+    preview = {
+        "samples": ["sampler", 0],
+        "filename_prefix": "video/preview",
+        "enlarge": 0,
+        "image_seconds": 5.0,
+    }
+    prompt["video"] = ("SFPPDecodeToVideo", preview | {"decoder": "preview"})
+    (path,) = host.files(host.run(prompt), "video")
+    info = video_info(path)
+    assert (info.frames, info.width, info.height) == (32, 512, 512)
+    seconds = host.log.count("Requested to load WAN21")
+    outputs = host.run(generating(seconds=2, seed=21) | decoding("quality"))
+    assert video_info(host.files(outputs, "video")[0]).frames == 32
+    assert host.log.count("Requested to load WAN21") == seconds
+
+
+def test_a_missing_vae_is_named(host):
+    prompt = generating() | decoding("none")
+    del prompt["video"][1]["vae"]
+    kind, message = host.error(prompt)
+    assert (kind, "no VAE is connected" in message) == ("SFPPDecodeToVideo", True)
+
+
 def test_the_host_computes_what_the_package_computes_alone(host):
     seen = latent_of(host, host.run(generating(seconds=3) | saving()))
     parts = demo.load()
@@ -162,16 +248,6 @@ def test_the_host_computes_what_the_package_computes_alone(host):
     expected = torch.cat(list(sampler.chunks(parts.words([PROMPT]))), dim=2)[:, :, : seen.shape[2]]
     mean, std = wan_constants()
     torch.testing.assert_close((seen - mean) / std, expected, rtol=0, atol=2e-3)
-
-
-def wan_constants():
-    """Return mean and standard deviation of Wan's latents, ``(16, 1, 1, 1)`` each."""
-    from diffusers import AutoencoderKLWan
-
-    defaults = inspect.signature(AutoencoderKLWan.__init__).parameters
-    return (
-        torch.tensor(defaults[name].default).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std")
-    )
 
 
 def test_a_cancelled_video_plays_and_is_continued_exactly(host):

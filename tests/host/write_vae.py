@@ -1,4 +1,4 @@
-"""Write a VAE of random weights. Runs in the Python and folder of ComfyUI: ``write_vae.py wan|tiny FILE``."""
+"""Write a VAE of random weights, in the Python and folder of ComfyUI: ``write_vae.py wan|tiny|half FILE``."""
 
 import sys
 
@@ -24,4 +24,5 @@ else:
 with torch.no_grad():
     for name, parameter in vae.named_parameters():
         parameter.copy_(torch.ones_like(parameter) if "gamma" in name else torch.randn_like(parameter) * gain)
-comfy.utils.save_torch_file(vae.state_dict(), target)
+dtype = torch.float16 if kind == "half" else torch.float32
+comfy.utils.save_torch_file({name: tensor.to(dtype) for name, tensor in vae.state_dict().items()}, target)

@@ -1,0 +1,100 @@
+"""What a video starts from: the latent of an image, of a clip, or of another sampler that is still at work.
+
+Legend: C channels, T latent frames, h and w latent height and width.
+"""
+
+import logging
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..sfpp_core.errors import GeometryError
+from ..sfpp_core.geometry import TEMPORAL_STRIDE, VideoGeometry
+from .lazy_latent import ChunkSource, Finished, source_of
+
+PIECE = 3
+"""Latent frames of a start that are handed on at a time."""
+
+logger = logging.getLogger(__name__)
+
+
+def fitting(latent_frames: int, chunk: int) -> int:
+    """Return how many of the first latent frames a video can start from: whole chunks, or one more.
+
+    The one more is an image, or the first frame of a clip. With chunks of 3, of 20 latent frames 19 fit, and
+    of 21, 22 and 1 all.
+    """
+    over = latent_frames % chunk
+    return latent_frames if over <= 1 else latent_frames - over + 1
+
+
+class Start:
+    """The opening of a video: it is read like the rest, and then remembered."""
+
+    def __init__(self, source: ChunkSource, *, chunk: int) -> None:
+        """Take as much of ``source`` as fits into chunks of ``chunk`` latent frames."""
+        self.source = source
+        self.latent_frames = fitting(source.latent_frames, chunk)
+        self.pieces = -(-self.latent_frames // PIECE)
+
+    @classmethod
+    def of(cls, latent: dict[str, Any], *, width: int, height: int, chunk: int) -> "Start":
+        """Return the start that a LATENT holds.
+
+        Raises:
+            GeometryError: It is no Wan 2.1 latent of one image or clip, or has another size than the video.
+        """
+        if isinstance(latent, dict) and "noise_mask" in latent:
+            logger.warning("start has a mask, which the Long Sampler does not use.")
+        source = source_of(latent)
+        channels = getattr(source, "channels", 16)
+        if channels != 16:
+            raise GeometryError(
+                f"start has {channels} latent channels; encode the image or clip with the Wan 2.1 VAE."
+            )
+        if source.size != (width, height):
+            seen, wanted = "x".join(map(str, source.size)), f"{width}x{height}"
+            raise GeometryError(
+                f"start is {seen} and the video {wanted}; scale the image or clip to {wanted} "
+                "before VAE Encode."
+            )
+        return cls(source, chunk=chunk)
+
+    @property
+    def frames(self) -> int:
+        """Frames it decodes to."""
+        return VideoGeometry.frames_of(self.latent_frames)
+
+    @property
+    def dropped(self) -> int:
+        """Latent frames at its end that do not fit."""
+        return self.source.latent_frames - self.latent_frames
+
+    @property
+    def kept(self) -> int:
+        """Pieces that need not be made any more."""
+        there = isinstance(self.source, Finished) or self.source.kept >= self.source.total_chunks
+        return self.pieces if there else min(self.pieces, self.source.kept)
+
+    def chunks(self, *, beside: Sequence[Any] = ()) -> Generator[Tensor]:
+        """Yield the start in pieces ``(1, C, T, h, w)`` of the host's latents, generating what is missing."""
+        left, held = self.latent_frames, None
+        with closing(self.source.chunks(beside=beside)) as chunks:
+            for chunk in chunks:
+                held = chunk if held is None else torch.cat((held, chunk), dim=2)
+                while held.shape[2] >= min(PIECE, left) > 0:
+                    piece, held = held.split((min(PIECE, left), held.shape[2] - min(PIECE, left)), dim=2)
+                    left -= piece.shape[2]
+                    yield piece
+
+
+def in_words(start: Start) -> str:
+    """Return what a video starts from, for people."""
+    text = "starts from an image" if start.frames == 1 else f"goes on after {start.frames} frames"
+    if start.dropped:
+        frames = TEMPORAL_STRIDE * start.dropped
+        text += f"; the last {frames} frames of the clip are left out, as they fill no chunk"
+    return text
