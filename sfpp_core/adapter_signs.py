@@ -6,6 +6,7 @@ Only for saying what a file is; reading one is another module's work.
 from collections.abc import Mapping
 
 from .config import WAN_1_3B, WAN_5B, WAN_14B, StudentConfig
+from .lora_layouts import has_role
 from .weights import Described
 
 MODELS: dict[str, StudentConfig] = {
@@ -15,13 +16,12 @@ MODELS: dict[str, StudentConfig] = {
 }
 """Published models, by name."""
 
-_MATRICES = ("lora_A", "lora_B", "lora_down", "lora_up", "lora.down", "lora.up", "lora_a", "lora_b")
-_DOWN = ("lora_A", "lora_down", "lora.down", "lora_a")
+_DOWN = ("lora_A", "lora_down", "lora.down")
 
 
 def recognise(entries: Mapping[str, Described]) -> str:
     """Say in words what LoRA these tensors are; empty if they are none."""
-    if not any(sign in name for name in entries for sign in _MATRICES):
+    if not any(has_role(name) for name in entries if not name.endswith(".alpha")):
         return ""
     down = [
         entry.shape

@@ -18,6 +18,7 @@ from sfpp_core.checkpoint import load_student, parameter_shapes, save
 from sfpp_core.config import WAN_1_3B, WAN_5B, WAN_14B, RolloutSettings
 from sfpp_core.errors import CheckpointError
 from sfpp_core.inspection import inspect
+from sfpp_core.lora import read_adapter
 from sfpp_core.naming import find_layout
 from sfpp_core.presets import of_family
 from sfpp_core.student import CausalStudent
@@ -315,6 +316,18 @@ def test_adapters_are_merged_in_single_precision(tmp_path, quantise):
     assert [adapter.seen for adapter in adapters] == [[(name, torch.float32)]] * 2
     assert torch.equal(network.state_dict()[name], (4 * meant[name].float()).to(BF16))
     assert torch.equal(network.state_dict()["head.modulation"], meant["head.modulation"].to(BF16))
+
+
+def test_the_base_of_longlive_takes_its_lora(tmp_path):
+    state, name = layouts.tensors(), "blocks.0.self_attn.q"
+    down, up = torch.randn(4, CONFIG.dim), torch.randn(CONFIG.dim, 4)
+    path = write_pickle(tmp_path / ANY_NAME, {"generator": layouts.prefixed(state, "model.")})
+    peft = {f"base_model.model.model.{name}.lora_{side}.weight": t for side, t in (("A", down), ("B", up))}
+    adapter = read_adapter(write_pickle(tmp_path / "lora", {"generator_lora": peft}), CONFIG)
+    network, _, _ = load_student(path, adapters=[adapter])
+    changed = network.state_dict()[f"{name}.weight"]
+    torch.testing.assert_close(changed, state[f"{name}.weight"] + up @ down)
+    assert torch.equal(network.head.modulation, state["head.modulation"])
 
 
 def test_an_adapter_for_another_model_is_refused(tmp_path):
