@@ -176,7 +176,7 @@ def decode_latents(latents: Latents, decoder: StreamingDecoder) -> Iterator[Tens
     """
     if decoder.space.name != latents.info.space:
         raise SettingsError(
-            f"the decoder is made for latents of {decoder.space.name}, and these are of {latents.info.space}; "
+            f"the decoder is made for latents of {decoder.space.name}, these are of {latents.info.space}; "
             "choose the one of the model that made them."
         )
     decoder.reset()
