@@ -1,7 +1,7 @@
 """How much memory a decoder will take, before it is loaded.
 
 Weights are counted exactly. The rest grows with the pixels of a picture, or of a tile, and was measured once
-per kind of decoder: the peak of all tensors alive during a later chunk, decoded on the CPU at 192x128 pixels
+per kind of decoder: the peak of all tensors alive during a later chunk, decoded on the CPU at 128x96 pixels
 with the published widths. A test measures again.
 """
 
@@ -18,33 +18,36 @@ from .wan_autoencoder import WanSizes, weight_bytes
 FLOAT32 = 4
 """Bytes of a number in single precision."""
 
-FRAMES = 2 * 3 * 4 * FLOAT32
-"""Bytes per pixel of the frames of one latent frame, as pieces and as a whole."""
+PICTURE = 3 * 4 * FLOAT32
+"""Bytes per pixel of the frames of one latent frame."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Appetite:
     """What a decoder holds, in numbers per pixel."""
 
-    kept: float
+    kept: int
     """Between chunks."""
 
-    at_work: float
+    at_work: int
     """At the widest place of one latent frame, besides what is kept."""
 
-    longer: float
+    longer: int
     """At the widest place, for each further latent frame of a chunk."""
+
+    drawn: int
+    """Bytes per pixel of the frames drawn so far, for each latent frame of a chunk."""
 
     width: int
     """Channels that this was measured with; the others are in proportion."""
 
 
-WAN_2_1 = Appetite(kept=2365, at_work=4900, longer=0, width=96)
-WAN_2_2 = Appetite(kept=1785, at_work=5600, longer=0, width=256)
-TINY_2_1 = Appetite(kept=84, at_work=900, longer=60, width=64)
-TINY_2_2 = Appetite(kept=21, at_work=220, longer=10, width=64)
-DEMO = Appetite(kept=9, at_work=110, longer=20, width=96)
-PREVIEW = Appetite(kept=0, at_work=0, longer=0, width=1)
+WAN_2_1 = Appetite(kept=2365, at_work=2926, longer=0, drawn=64, width=96)
+WAN_2_2 = Appetite(kept=1785, at_work=4234, longer=0, drawn=64, width=256)
+TINY_2_1 = Appetite(kept=84, at_work=919, longer=76, drawn=0, width=64)
+TINY_2_2 = Appetite(kept=21, at_work=232, longer=28, drawn=0, width=64)
+DEMO = Appetite(kept=9, at_work=140, longer=33, drawn=0, width=96)
+PREVIEW = Appetite(kept=0, at_work=0, longer=0, drawn=60, width=1)
 
 
 def decoder_bytes(
@@ -86,7 +89,7 @@ def decoder_bytes(
         areas = area if rest_elsewhere else area * math.prod(counts)
     at_work = appetite.at_work + appetite.longer * (latent_frames - 1)
     numbers = share * (area * at_work + areas * appetite.kept)
-    frames = FRAMES * latent_frames * area + (FRAMES // 2 * latent_frames * width * height if tile else 0)
+    frames = latent_frames * (appetite.drawn * area + (PICTURE * width * height if tile else 0))
     return _weights(info, dtype) + round(size * numbers) + frames
 
 
