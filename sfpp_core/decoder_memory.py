@@ -2,7 +2,7 @@
 
 Weights are counted exactly. The rest grows with the pixels of a picture, or of a tile, and was measured once
 per kind of decoder: the peak of all tensors alive during a later chunk, decoded on the CPU at 128x96 pixels
-with the published widths. A test measures again.
+with the published widths. Tests measure Wan 2.1 and the tiny ones again.
 """
 
 import math
