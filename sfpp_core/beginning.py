@@ -5,6 +5,7 @@ Legend: B batch, C channels, T latent frames, F frames, H and W pixels, h and w 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,21 +22,21 @@ from .pictures import is_picture, read_clip, read_picture
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Beginning:
-    """Frames or latents a video begins with, read and found fitting."""
+    """What a video begins with, found fitting; nothing of it is held."""
 
     path: Path
 
     latent_frames: int
-    """Latent frames they are, or become."""
+    """Latent frames it is, or becomes."""
 
     lead: int
     """See ``geometry.lead_of``."""
 
-    frames: Tensor | None = None
-    """``(F, 3, H, W)`` in [0, 1], still to be encoded."""
+    read: Callable[[], Tensor]
+    """Reads it: frames ``(F, 3, H, W)`` in [0, 1], or normalised latents ``(1, C, T, h, w)``."""
 
-    latents: Tensor | None = None
-    """``(1, C, T, h, w)``, normalised."""
+    encodes: bool
+    """Whether it is frames, still to be encoded."""
 
     def check(self, geometry: VideoGeometry) -> None:
         """Refuse a video that ends before anything is generated.
@@ -57,15 +58,14 @@ class Beginning:
             load_encoder: Gives the encoder; called only if there are frames to encode.
             chunk: Latent frames encoded at once.
         """
-        if self.latents is not None:
-            return self.latents
-        assert self.frames is not None
-        encoder, parts, first = load_encoder(), [], 0
+        if not self.encodes:
+            return self.read()
+        frames, encoder, parts, first = self.read(), load_encoder(), [], 0
         encoder.reset()
         with torch.inference_mode():
-            while first < len(self.frames):
+            while first < len(frames):
                 stop = max(first, 1) + TEMPORAL_STRIDE * (chunk if first else chunk - 1)
-                parts.append(encoder.encode(self.frames[None, first:stop]))
+                parts.append(encoder.encode(frames[None, first:stop]))
                 first = stop
         return torch.cat(parts, dim=2)
 
@@ -96,17 +96,19 @@ def read_beginning(
     if path.is_dir() or path.suffix == ".safetensors":
         return _from_latents(path, width=width, height=height, settings=settings, space=space)
     if is_picture(path):
-        frames = read_picture(path, width=width, height=height)
-        return Beginning(path=path, latent_frames=1, lead=lead_of(1, chunk=settings.chunk), frames=frames)
+        read = partial(read_picture, path, width=width, height=height)
+        read()  # so that a damaged file is refused now
+        return Beginning(
+            path=path, latent_frames=1, lead=lead_of(1, chunk=settings.chunk), read=read, encodes=True
+        )
     seen = max(1, settings.window_chunks - 1) * settings.chunk
-    longest = VideoGeometry.frames_of(seen)
-    shortest = VideoGeometry.frames_of(settings.chunk)
-    frames = read_clip(path, width=width, height=height, frames=longest, least=shortest, fps=space.fps)
-    chunks = (1 + (len(frames) - 1) // TEMPORAL_STRIDE) // settings.chunk
-    kept = VideoGeometry.frames_of(chunks * settings.chunk)
-    return Beginning(
-        path=path, latent_frames=chunks * settings.chunk, lead=0, frames=frames[len(frames) - kept :]
-    )
+    longest, shortest = VideoGeometry.frames_of(seen), VideoGeometry.frames_of(settings.chunk)
+    clip = partial(read_clip, path, width=width, height=height, fps=space.fps)
+    found = len(clip(frames=longest, least=shortest))
+    chunks = (1 + (found - 1) // TEMPORAL_STRIDE) // settings.chunk
+    latent_frames = chunks * settings.chunk
+    read = partial(clip, frames=VideoGeometry.frames_of(latent_frames))
+    return Beginning(path=path, latent_frames=latent_frames, lead=0, read=read, encodes=True)
 
 
 def _from_latents(
@@ -119,6 +121,9 @@ def _from_latents(
             f"{path} holds latents of {saved.info.space} for {saved.info.width}x{saved.info.height} and this "
             f"run makes those of {space.name} for {width}x{height}; choose the same model and size."
         )
-    latents = torch.cat([saved.chunk(chunk) for chunk in range(saved.chunks)], dim=2)
-    lead = lead_of(latents.shape[2], chunk=settings.chunk)
-    return Beginning(path=path, latent_frames=latents.shape[2], lead=lead, latents=latents)
+
+    def read() -> Tensor:
+        return torch.cat([saved.chunk(chunk) for chunk in range(saved.chunks)], dim=2)
+
+    lead = lead_of(saved.latent_frames, chunk=settings.chunk)
+    return Beginning(path=path, latent_frames=saved.latent_frames, lead=lead, read=read, encodes=False)

@@ -282,4 +282,6 @@ def _finite(
 
 def _all_finite(tensor: Tensor) -> bool:
     """Return whether every number is finite, without a second tensor of the size of the first."""
+    if tensor.element_size() == 1:
+        tensor = tensor.float()  # 8-bit floats know no extremes
     return not tensor.numel() or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))

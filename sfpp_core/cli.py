@@ -21,11 +21,12 @@ import torch
 from tqdm import tqdm
 
 from .cli_options import parser, request_of
+from .compute import device_named
 from .errors import SFPPError
 from .explain import file_lines
 from .generate import load, run
 from .machine import in_words, lacks_memory, peak_memory
-from .plan import device_named, plan
+from .plan import plan
 from .recording import Outcome, Progress, Recording
 from .redecode import plan_redecoding, redecode
 
@@ -48,6 +49,12 @@ def main(words: Sequence[str] | None = None) -> int:
             return arguments.command(arguments, caught)
         except SFPPError as error:
             return _refuse(error, IMPOSSIBLE, debug=arguments.debug)
+        except OSError as error:
+            if arguments.debug:
+                raise
+            where = error.filename or "a file"
+            _say(f"error: {where}: {error.strerror or error}; check the path and its permissions.")
+            return IMPOSSIBLE
         except (MemoryError, RuntimeError) as error:
             if arguments.debug or not lacks_memory(error):
                 raise

@@ -14,6 +14,7 @@ from .lora import parse_lora_option
 from .naming import Choice
 from .presets import FAMILIES
 from .request import DTYPES, Request
+from .text_cache import default_folder
 
 Command = Callable[[argparse.Namespace, list[int]], int]
 """Runs a command; gets the arguments and the signals that come meanwhile, returns the exit code."""
@@ -33,7 +34,7 @@ what is there.
 Nothing is ever downloaded.
 """
 
-_SETTINGS = ("chunk", "window", "sink", "sink_positions", "steps", "shift")
+_SETTINGS = ("chunk", "window", "sink", "sink_positions", "overlap", "steps", "shift")
 """Options that change the field of the same name in ``RolloutSettings``."""
 
 
@@ -80,8 +81,18 @@ def _add_generate_options(command: argparse.ArgumentParser) -> None:
     add("--start", type=Path, metavar="PATH", help="begin with a picture, a clip, or a folder of latents")
     add("--latents", type=Path, metavar="FOLDER", help="keep the latents there, to be decoded again")
     add = command.add_argument_group("size").add_argument
-    add("--width", type=int, metavar="PX", help="pixels, a multiple of 16 (default: the student's)")
-    add("--height", type=int, metavar="PX", help="pixels, a multiple of 16 (default: the student's)")
+    add(
+        "--width",
+        type=int,
+        metavar="PX",
+        help="pixels, a multiple of 16, or 32 for 5B (default: the student's)",
+    )
+    add(
+        "--height",
+        type=int,
+        metavar="PX",
+        help="pixels, a multiple of 16, or 32 for 5B (default: the student's)",
+    )
     add = command.add_argument_group(
         "rollout", "defaults are those the student was trained with"
     ).add_argument
@@ -95,6 +106,7 @@ def _add_generate_options(command: argparse.ArgumentParser) -> None:
     )
     add("--sink", type=int, metavar="N", help="first latent frames kept in sight for ever, e.g. 0 or 3")
     add("--sink-positions", choices=get_args(SinkPositions), help="where in time attention places the sink")
+    add("--overlap", type=int, metavar="N", help="latent frames shared by windows that start anew; 0 rolls")
     add("--steps", type=int, metavar="N", help="denoising steps per chunk, e.g. 4")
     add("--shift", type=float, metavar="X", help="shift of the noise levels towards 1, e.g. 5")
     _add_models(command)
@@ -115,7 +127,8 @@ def _add_models(command: argparse.ArgumentParser) -> None:
     add("--lora", type=_lora, action="append", default=[], metavar="FILE[:X]", help="LoRA and its strength")
     add("--text-encoder", type=Path, metavar="PATH", help="umT5: single file, .pth, a diffusers folder")
     add("--tokenizer", type=Path, metavar="PATH", help="its tokenizer, where it is not beside it")
-    add("--text-cache", type=Path, metavar="FOLDER", help="keep text embeddings there")
+    kept = {"nargs": "?", "const": default_folder(), "metavar": "FOLDER"}
+    add("--text-cache", type=Path, help="keep text embeddings there, or in your cache folder", **kept)
     add("--words", type=Path, metavar="FILE", help="word encoder of a demo student")
     _add_decoder(models)
     add("--encoder", type=Path, metavar="PATH", help="encodes --start, where the decoder cannot: Wan2.1_VAE")

@@ -12,6 +12,9 @@ from .schedule import FewStepSchedule
 SinkPositions = Literal["absolute", "relative"]
 """Where attention places the sink: at its true time, or right before the rest of the window."""
 
+LARGEST_SHIFT = 1000
+"""A larger shift leaves no noise level below 1."""
+
 T = TypeVar("T")
 
 
@@ -109,8 +112,8 @@ class RolloutSettings:
             raise SettingsError(f"chunk is {self.chunk} latent frames; it must be at least 1.")
         if not 1 <= self.steps <= 100:
             raise SettingsError(f"steps is {self.steps}; it must be from 1 to 100, e.g. 4.")
-        if not self.shift > 0:
-            raise SettingsError(f"shift is {self.shift}; it must be above 0, e.g. 5.")
+        if not 0 < self.shift <= LARGEST_SHIFT:
+            raise SettingsError(f"shift is {self.shift}; it must be above 0 and at most 1000, e.g. 5.")
         if self.sigmas and len(self.sigmas) != self.steps:
             raise SettingsError(
                 f"steps is {self.steps}, but sigmas lists {len(self.sigmas)} noise levels; change both, or "

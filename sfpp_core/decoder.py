@@ -124,7 +124,7 @@ def check_decoder(choice: Path | str, *, channels: int | None = None) -> Decoder
             channels, "it"
         )
         raise SettingsError(
-            f"{choice} decodes latents of {info.space.channels} channels and the student makes {channels}; "
+            f"{choice} decodes latents of {info.space.channels} channels and these have {channels}; "
             f"choose the autoencoder made for {hint}."
         )
     return info

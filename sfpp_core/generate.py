@@ -6,20 +6,24 @@ For front ends without a graph; the command line is one.
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .arithmetic import fast_products
 from .checkpoint import load_student
+from .compute import decoder_dtype
 from .decoder import StreamingDecoder, StreamingEncoder, load_decoder, load_encoder
+from .errors import OutputError
 from .geometry import TEMPORAL_STRIDE
 from .latents_file import save_latents
-from .plan import Plan, decoder_dtype
+from .plan import Plan
 from .recording import Outcome, Progress, record
 from .sampler import LongSampler
 from .student import CausalStudent
 from .tiling import TiledDecoder
+from .transfers import fetch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +63,7 @@ def load(planned: Plan) -> Loaded:
         channels=channels,
     )
     if planned.request.tile is not None:
-        decoder = TiledDecoder(decoder, tile=planned.request.tile)
+        decoder = TiledDecoder(decoder, tile=planned.request.tile, rest_on=planned.tiles_rest_on)
     sampler = LongSampler(
         student=CausalStudent(network, config, attend=planned.attend),
         geometry=planned.geometry,
@@ -88,9 +92,9 @@ def _restart(planned: Plan, decoder: StreamingDecoder) -> Callable[[Tensor], Ten
     As CausVid does: the first latent frame of a video holds one frame, so the frame before the latent frames
     that go on is encoded as a picture of its own.
     """
-    further = planned.settings.overlap - 1
-    if further < 0:
+    if not planned.restarts:
         return None
+    further = planned.settings.overlap - 1
     encoder = _load_encoder(planned)
     decoder = copy(decoder)
 
@@ -100,6 +104,8 @@ def _restart(planned: Plan, decoder: StreamingDecoder) -> Callable[[Tensor], Ten
         encoder.reset()
         place = frames.shape[1] - TEMPORAL_STRIDE * further - 1
         picture = encoder.encode(frames[:, place : place + 1]).to(before)
+        decoder.reset()
+        encoder.reset()  # what they remember would stay until the next window
         return torch.cat((picture, before[:, :, before.shape[2] - further :]), dim=2)
 
     return restart
@@ -128,6 +134,25 @@ def _pieces(planned: Plan, loaded: Loaded) -> Iterator[Tensor]:
     geometry, folder = planned.geometry, planned.request.latents
     loaded.decoder.reset()
     for chunk, clean in enumerate(loaded.sampler.chunks(loaded.embeddings, start=loaded.start)):
-        if folder is not None:
-            save_latents(folder, chunk, clean, planned.latents_info)
-        yield loaded.decoder.decode(clean)[0, : geometry.frames_kept(chunk)]
+        host, arrive = fetch(clean) if folder is not None else (clean, lambda: None)
+        trouble = None
+        try:
+            frames = loaded.decoder.decode(clean)[0, : geometry.frames_kept(chunk)]
+        finally:
+            if folder is not None:
+                arrive()
+                trouble = _keep(folder, chunk, host, planned)
+        yield frames
+        if trouble is not None:
+            raise trouble
+
+
+def _keep(folder: Path, chunk: int, latents: Tensor, planned: Plan) -> OutputError | None:
+    """Save one chunk, or return what is in the way: the frames it became are worth keeping all the same."""
+    if not torch.isfinite(latents).all():
+        return None  # the sampler says so, one chunk late on a GPU
+    try:
+        save_latents(folder, chunk, latents, planned.latents_info)
+    except OutputError as error:
+        return error
+    return None

@@ -62,7 +62,7 @@ _FOREIGN: tuple[tuple[str, str], ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileInfo:
-    """What a safetensors file holds."""
+    """What weights hold."""
 
     path: Path
 

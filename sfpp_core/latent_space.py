@@ -7,6 +7,8 @@ Legend: B batch, C channels, T latent frames, h and w latent cells.
 """
 
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -182,4 +184,11 @@ SPACES = {space.name: space for space in (DEMO, WAN_2_1, WAN_2_2)}
 
 def _column(values: tuple[float, ...], like: Tensor) -> Tensor:
     """Return one number per channel, ready to meet ``(B, C, T, h, w)``."""
-    return torch.tensor(values, device=like.device).view(1, -1, 1, 1, 1)
+    return constant(values, like.device).view(1, -1, 1, 1, 1)
+
+
+@cache
+def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
+    """Return ``values`` as a float32 tensor on ``device``, copied there once: each copy makes a GPU wait."""
+    with torch.inference_mode(mode=False):
+        return torch.tensor(values, device=device)

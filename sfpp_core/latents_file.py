@@ -20,6 +20,7 @@ from .decoder import StreamingDecoder
 from .errors import CheckpointError, OutputError, SettingsError
 from .geometry import VideoGeometry
 from .latent_space import SPACES, LatentSpace
+from .outputs import check_folder
 from .weights_file import DTYPES, Header, read_header, read_tensor, write
 
 METADATA_KEY = "sfpp_latents"
@@ -56,6 +57,9 @@ class LatentsInfo:
 
     prompt: str = ""
     """What the video shows."""
+
+    run: str = ""
+    """Digest of whatever else decides the video: student, settings, start."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +114,7 @@ class Latents:
 def save_latents(folder: Path, chunk: int, latents: Tensor, info: LatentsInfo) -> None:
     """Save one chunk of a video; the folder is made for the first.
 
-    A chunk that is already there is replaced, since the same video is being made again.
+    A chunk that is already there is replaced: all that decides a video is in ``info``.
 
     Args:
         folder: Of this video alone.
@@ -125,20 +129,26 @@ def save_latents(folder: Path, chunk: int, latents: Tensor, info: LatentsInfo) -
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise OutputError(f"the folder {folder} cannot be made: {error.strerror or error}.") from error
-    check_folder(folder, info)
+    _refuse_another(folder, info)
     write(
         folder / (NAME % chunk), {TENSOR: latents}, {METADATA_KEY: json.dumps(asdict(info), sort_keys=True)}
     )
 
 
-def check_folder(folder: Path, info: LatentsInfo) -> None:
+def check_latents_folder(folder: Path, info: LatentsInfo) -> None:
     """Refuse a folder that holds the latents of another video: mixed, neither could be decoded.
 
     Raises:
-        OutputError: It does; or it is a file.
+        OutputError: It does; or it is a file, or cannot be written to.
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; name a folder for the latents.")
+    check_folder(folder if folder.exists() else folder.parent)
+    _refuse_another(folder, info)
+
+
+def _refuse_another(folder: Path, info: LatentsInfo) -> None:
+    """Refuse a folder that holds the latents of another video."""
     first = folder / (NAME % 0)
     if first.exists() and _info(first, read_header(first)) != info:
         raise OutputError(f"{folder} holds the latents of another video; choose another folder or remove it.")

@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import CheckpointError
+from .naming import INFIXES
 from .weights import Weights
 
 Role = Literal["down", "up", "up_bias", "alpha", "weight", "bias", "modulation"]
 """What a tensor is to its module: a factor, the bias or the alpha that goes with the factors, or the whole
 change of the weight, of the bias, or of the modulation."""
-
-WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-"""Left in names by FSDP, activation checkpointing and ``torch.compile``."""
 
 PEFT_PREFIX = "base_model.model."
 """Put before every name by PEFT."""
@@ -151,7 +149,7 @@ class Part:
 
 def _plain(name: str) -> str:
     """Return ``name`` without what wrappers of the model left in it."""
-    for wrapper in WRAPPERS:
+    for wrapper in INFIXES:
         name = name.replace(wrapper, "")
     return name
 

@@ -8,6 +8,7 @@ import torch
 
 _GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _STATUS = Path("/proc/self/status")
+_MEMORY = Path("/proc/meminfo")
 
 
 def memory_of(device: torch.device) -> int | None:
@@ -15,13 +16,24 @@ def memory_of(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows
+        lines = _MEMORY.read_text().splitlines()
+        physical = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        physical = _all_memory()
+    if physical is None:
         return None
     try:
         return min(physical, int(_GROUP_LIMIT.read_text()))
     except (OSError, ValueError):  # no control group, or one without a limit
         return physical
+
+
+def _all_memory() -> int | None:
+    """Return the bytes of main memory the machine has, or ``None`` where that cannot be asked."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
 
 
 def peak_memory() -> int | None:

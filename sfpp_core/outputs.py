@@ -65,7 +65,7 @@ def check_output(path: OutputPath, *, expected_bytes: int = 0) -> None:
         folder, name = split_pattern(path)
         _refuse_mixing(folder, name)
         folder = folder if folder.exists() else folder.parent
-    _check_folder(folder)
+    check_folder(folder)
     _check_room(folder, expected_bytes)
 
 
@@ -119,7 +119,12 @@ def _refuse_mixing(folder: Path, name: str) -> None:
         raise OutputError(f"{folder} already holds pictures named {name}; empty it or choose another folder.")
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that is not there or cannot be written to. Leaves nothing behind.
+
+    Raises:
+        OutputError: It is so.
+    """
     if not folder.exists():
         raise OutputError(f"the folder {folder} does not exist; make it first, or choose another.")
     if not folder.is_dir():

@@ -1,6 +1,8 @@
 """A request becomes a plan: everything checked and every choice made, before a model is loaded."""
 
+import logging
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -10,26 +12,25 @@ from .attention import Attend, choose, matmul
 from .beginning import Beginning, read_beginning
 from .cache_shape import Bytes
 from .checkpoint import check_student
-from .config import RolloutSettings, StudentConfig
+from .compute import decoder_dtype, device_named, dtype_named, threads_for, tiles_rest_on
+from .config import RolloutSettings, StudentConfig, to_table
 from .decoder import DecoderInfo, check_decoder, check_encoder
 from .decoder_memory import decoder_bytes
-from .errors import SettingsError
+from .errors import OutputError, SettingsError
 from .forecast import Forecast, forecast
 from .geometry import VideoGeometry, frames_in
 from .inspection import FileInfo
 from .latent_space import DEMO, WAN_2_1, WAN_2_2, LatentSpace
-from .latents_file import LatentsInfo, check_folder
+from .latents_file import LatentsInfo, check_latents_folder
 from .lora import Adapter, read_adapter
 from .machine import in_words, memory_of
 from .outputs import automatic_enlargement, check_enlargement, check_output, forecast_bytes
 from .presets import SELF_FORCING, of_family
 from .prompts import PromptSource, is_of_the_demo, prompt_source
 from .recording import Recording
-from .request import DTYPES, Request
+from .request import Request
 
-SMALL_WORK = 2**17
-"""Numbers in the residual stream of a chunk below which a second CPU thread costs more than it helps: threads
-wait for each other hundreds of times a chunk, and the encoder wants a core of its own."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,16 @@ class Plan:
     threads: int
     attend: Attend
     forecast: Forecast
+
+    @property
+    def restarts(self) -> bool:
+        """Whether a window starts anew before the video ends."""
+        return restarts(self.settings, self.geometry)
+
+    @property
+    def tiles_rest_on(self) -> str | None:
+        """Where the memory of the tiles not at work is kept."""
+        return tiles_rest_on(self.device)
 
     @property
     def decoder_place(self) -> Path | str:
@@ -85,7 +96,17 @@ class Plan:
             chunks=geometry.chunks,
             seed=self.request.seed,
             prompt=self.request.prompt,
+            run=self._digest(),
         )
+
+    def _digest(self) -> str:
+        """Return a digest of what else decides the video."""
+        request = self.request
+        files = (self.student.path, request.start, request.encoder, *(path for path, _ in request.loras))
+        named = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path]
+        settings = (to_table(self.settings), request.weights, request.loras, request.storage)
+        made = (named, settings, self.geometry.lead, str(self.dtype), self.device.type, request.attention)
+        return blake2b(repr(made).encode(), digest_size=8).hexdigest()
 
     def lines(self) -> list[str]:
         """Return what will be made, for people."""
@@ -131,6 +152,7 @@ def plan(request: Request) -> Plan:
     settings = _settings(request, student)
     space = space_of(config)
     beginning, geometry = _sizes(request, config, settings, space)
+    _warn_of_options_without_effect(request, config, settings)
     adapters = tuple(read_adapter(path, config, strength=strength) for path, strength in request.loras)
     source = prompt_source(
         request.prompt,
@@ -142,36 +164,40 @@ def plan(request: Request) -> Plan:
     )
     decoder = check_decoder(_decoder_place(request, student), channels=config.channels)
     _check_decoder_fits(decoder, space)
-    if beginning is not None and beginning.frames is not None:
+    if (beginning is not None and beginning.encodes) or restarts(settings, geometry):
         check_encoder(request.encoder or _decoder_place(request, student), channels=config.channels)
     enlarge = request.enlarge
     if enlarge is None:
         enlarge = automatic_enlargement(geometry.width, geometry.height)
     check_enlargement(enlarge, width=geometry.width, height=geometry.height)
-    _check_output(request.out, geometry, enlarge)
+    _check_output(request.out, geometry, enlarge, request.start)
     device = device_named(request.device)
-    dtype = _dtype(request.dtype, device)
+    dtype = dtype_named(request.dtype, device)
     attend = choose(
         request.attention,
         shape=(1, config.heads, geometry.tokens_per_chunk, config.head_dim),
         visible=settings.window_chunks * geometry.tokens_per_chunk,
         like=torch.empty(0, dtype=dtype, device=device),
     )
+    decoding = decoder_bytes(
+        decoder,
+        width=geometry.width,
+        height=geometry.height,
+        latent_frames=geometry.lead + geometry.chunk,
+        dtype=decoder_dtype(device),
+        tile=request.tile,
+        rest_elsewhere=tiles_rest_on(device) is not None,
+    )
+    # An encoder is taken for as large as its decoder; it is gone before the student comes, but for restarts.
+    encoding = decoding if beginning is not None and beginning.encodes else 0
     expected = forecast(
         config,
         geometry,
         settings,
         dtype,
         storage=request.storage,
-        decoder=decoder_bytes(
-            decoder,
-            width=geometry.width,
-            height=geometry.height,
-            latent_frames=geometry.lead + geometry.chunk,
-            dtype=decoder_dtype(device),
-            tile=request.tile,
-        ),
-        text_encoder=Bytes(device=source.bytes),
+        decoder=decoding * (3 if restarts(settings, geometry) else 1),
+        text_encoder=Bytes(device=max(source.bytes, encoding)),
         attention_holds_scores=attend is matmul,
     )
     _check_memory(expected, device)
@@ -187,13 +213,39 @@ def plan(request: Request) -> Plan:
         enlarge=enlarge,
         device=device,
         dtype=dtype,
-        threads=_threads(request.threads, geometry.tokens_per_chunk * config.dim),
+        threads=threads_for(request.threads, geometry.tokens_per_chunk * config.dim),
         attend=attend,
         forecast=expected,
     )
     if request.latents is not None:
-        check_folder(request.latents, made.latents_info)
+        check_latents_folder(request.latents, made.latents_info)
     return made
+
+
+def restarts(settings: RolloutSettings, geometry: VideoGeometry) -> bool:
+    """Return whether a window starts anew before the video ends."""
+    return settings.overlap > 0 and geometry.chunks > settings.window_chunks
+
+
+def _warn_of_options_without_effect(
+    request: Request, config: StudentConfig, settings: RolloutSettings
+) -> None:
+    """Say which options do nothing here."""
+    without = {
+        "--encoder without --start or overlapping windows": request.encoder is not None
+        and request.start is None
+        and not settings.overlap,
+        "--words beside --text-encoder": request.words is not None and request.text_encoder is not None,
+        "--tokenizer without --text-encoder": request.tokenizer is not None and request.text_encoder is None,
+        "--text-cache without --text-encoder": request.text_cache is not None
+        and request.text_encoder is None,
+        "--sink-positions without a sink": "sink_positions" in request.settings and not settings.sink,
+        "--preset for a student of the demo's world, which was trained with its own settings": request.preset
+        is not None
+        and is_of_the_demo(config),
+    }
+    for option in (option for option, idle in without.items() if idle):
+        logger.warning("Without effect, or not what was meant: %s.", option)
 
 
 def _settings(request: Request, student: FileInfo) -> RolloutSettings:
@@ -260,50 +312,14 @@ def _check_decoder_fits(decoder: DecoderInfo, space: LatentSpace) -> None:
         )
 
 
-def decoder_dtype(device: torch.device) -> torch.dtype:
-    """Return what decoders compute in: the autoencoders of Wan were made for half precision on a GPU."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
-
-
-def _check_output(out: str, geometry: VideoGeometry, enlarge: int) -> None:
-    """Refuse an output that cannot be written, or will not fit."""
+def _check_output(out: str, geometry: VideoGeometry, enlarge: int, start: Path | None) -> None:
+    """Refuse an output that cannot be written, will not fit, or replaces what the video begins with."""
+    if start is not None and Path(out).exists() and Path(out).samefile(start):
+        raise OutputError(f"{out} is what the video begins with; write it to another file.")
     size = forecast_bytes(
         out, frames=geometry.frames, width=geometry.width, height=geometry.height, enlarge=enlarge
     )
     check_output(out, expected_bytes=size)
-
-
-def device_named(name: str) -> torch.device:
-    """Return the device called ``name``.
-
-    Raises:
-        SettingsError: There is no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise SettingsError(f"device is {name!r}; use auto, cpu or cuda.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("device is 'cuda', but PyTorch finds no NVIDIA GPU here; use 'cpu' or 'auto'.")
-    return torch.device(name)
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype called ``name``."""
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if name not in DTYPES:
-        raise SettingsError(f"dtype is {name!r}; use auto, {', '.join(DTYPES)}.")
-    return DTYPES[name]
-
-
-def _threads(threads: int | None, numbers: int) -> int:
-    """Return the CPU threads to compute with, for a residual stream of so many numbers per chunk."""
-    if threads is None:
-        return 1 if numbers < SMALL_WORK else torch.get_num_threads()
-    if threads < 1:
-        raise SettingsError(f"threads is {threads}; use at least 1.")
-    return threads
 
 
 def _check_memory(expected: Forecast, device: torch.device) -> None:
@@ -316,7 +332,7 @@ def _check_memory(expected: Forecast, device: torch.device) -> None:
         if limit is not None and needed > limit:
             raise SettingsError(
                 f"this run needs {expected} of memory and there is {in_words(limit)}; use a smaller window, "
-                "width or height, or keep the cache as fp8."
+                "width or height, --cache fp8 or host, or for the decoder --tile or taew2_1."
             )
 
 

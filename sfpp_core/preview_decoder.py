@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from .geometry import TEMPORAL_STRIDE
-from .latent_space import LatentSpace
+from .latent_space import LatentSpace, constant
 
 
 class PreviewDecoder:
@@ -47,8 +47,8 @@ class PreviewDecoder:
             RolloutOrderError: The chunk's size differs from that of the video decoded so far.
         """
         self.space.check(chunk, self._size)
-        colours = torch.tensor(self.space.colours, device=chunk.device)
-        grey = torch.tensor(self.space.grey, device=chunk.device)
+        colours = constant(self.space.colours, chunk.device)
+        grey = constant(self.space.grey, chunk.device)
         pictures = torch.einsum("bcthw,cr->btrhw", chunk.float(), colours) + grey[:, None, None]
         small = pictures.flatten(0, 1).add(1).div(2).clamp(0, 1)
         large = interpolate(small, scale_factor=self.spatial_stride, mode="bilinear", align_corners=False)

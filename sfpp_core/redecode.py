@@ -7,12 +7,14 @@ from pathlib import Path
 import torch
 
 from . import demo
+from .compute import decoder_dtype, tiles_rest_on
 from .decoder import check_decoder, load_decoder
+from .decoder_memory import decoder_bytes
 from .errors import SettingsError
 from .latent_space import DEMO
 from .latents_file import Latents, decode_latents, load_latents
+from .machine import in_words, memory_of
 from .outputs import automatic_enlargement, check_enlargement, check_output, forecast_bytes
-from .plan import decoder_dtype
 from .recording import Outcome, Progress, Recording, record
 from .tiling import TiledDecoder
 
@@ -78,6 +80,19 @@ def plan_redecoding(
             f"{decoder} is {found.in_words} and the latents are of {info.space}; choose theirs."
         )
     sides = {"width": info.width, "height": info.height}
+    needed = decoder_bytes(
+        found,
+        dtype=decoder_dtype(device),
+        tile=tile,
+        latent_frames=-(-latents.latent_frames // latents.chunks),
+        rest_elsewhere=tiles_rest_on(device) is not None,
+        **sides,
+    )
+    limit = memory_of(device)
+    if limit is not None and needed > limit:
+        raise SettingsError(
+            f"the decoder needs about {in_words(needed)} and there is {in_words(limit)}; use --tile."
+        )
     enlarge = automatic_enlargement(**sides) if enlarge is None else enlarge
     check_enlargement(enlarge, **sides)
     check_output(out, expected_bytes=forecast_bytes(out, frames=latents.frames, enlarge=enlarge, **sides))
@@ -91,6 +106,6 @@ def redecode(job: Redecoding, *, report: Callable[[Progress], None]) -> Outcome:
         job.decoder, device=job.device, dtype=decoder_dtype(job.device), channels=job.latents.space.channels
     )
     if job.tile is not None:
-        decoder = TiledDecoder(decoder, tile=job.tile)
+        decoder = TiledDecoder(decoder, tile=job.tile, rest_on=tiles_rest_on(job.device))
     with torch.inference_mode():
         return record(decode_latents(job.latents, decoder), job.recording, report=report)

@@ -19,6 +19,7 @@ from .noise import ChunkNoise
 from .rollout import Student, rollout
 from .start import check_start, given_chunks
 from .student import CausalStudent
+from .transfers import fetch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +95,7 @@ class LongSampler:
             yield _with_lead(opening, chunk, clean.to(like))
         check = _FiniteCheck(self.student.dtype, late=like.is_cuda)
         overlap, done, cache = self.settings.overlap, len(given), None
-        held = deque(given, maxlen=2 * self.settings.window_chunks if overlap else None)
+        held = self._held(given, like)
         while done < total:
             first, stop = self._window(done)
             if first:
@@ -115,6 +116,12 @@ class LongSampler:
                 if overlap:
                     held.append(clean)
                 yield _with_lead(opening, done - 1, clean)
+
+    def _held(self, given: Sequence[Tensor], like: Tensor) -> "deque[Tensor]":
+        """Return the chunks there may still be use for: all given ones, or those of two windows."""
+        if not self.settings.overlap:
+            return deque(given)
+        return deque((clean.to(like) for clean in given), maxlen=2 * self.settings.window_chunks)
 
     def _cache(self, like: Tensor, *, lead: int) -> RollingKVCache:
         """Return an empty memory for windows with so many latent frames before their chunk 0."""
@@ -176,7 +183,7 @@ class _FiniteCheck:
         Raises:
             NumericsError: The chunk before is not finite, or this one where the check is not late.
         """
-        finite, arrive = _fetch(torch.isfinite(clean).all())
+        finite, arrive = fetch(torch.isfinite(clean).all())
         self.settle()
         self._asked = chunk, finite, arrive
         if not self._late:
@@ -197,14 +204,3 @@ class _FiniteCheck:
                 f"chunk {chunk} came out as numbers that are not finite; the weights are damaged or the "
                 f"compute dtype {self._dtype} is too narrow: check the file, or use float32."
             )
-
-
-def _fetch(flag: Tensor) -> tuple[Tensor, Callable[[], None]]:
-    """Return ``flag`` where reading it makes no GPU wait, and what waits until it is there."""
-    if not flag.is_cuda:
-        return flag, lambda: None
-    host = torch.empty(flag.shape, dtype=flag.dtype, pin_memory=True)
-    host.copy_(flag, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(flag.device))
-    return host, copied.synchronize

@@ -69,6 +69,7 @@ class TiledDecoder:
         self._rows: list[Span] = []
         self._columns: list[Span] = []
         self._tiles: list[StreamingDecoder] = []
+        self._shares: list[Tensor] = []
         self._broken = False
 
     @property
@@ -98,7 +99,7 @@ class TiledDecoder:
         self._broken = True
         whole = torch.empty(0)
         places = [(row, column) for row in self._rows for column in self._columns]
-        for decoder, (row, column) in zip(self._tiles, places, strict=True):
+        for place, (decoder, (row, column)) in enumerate(zip(self._tiles, places, strict=True)):
             frames = decoder.decode(chunk[..., row.start : row.stop, column.start : column.stop])
             if self._rest_on is not None:
                 decoder.rest(self._rest_on)
@@ -109,8 +110,10 @@ class TiledDecoder:
                 slice(side.start * self.spatial_stride, side.stop * self.spatial_stride)
                 for side in (row, column)
             )
-            share = row.share[:, None] * column.share
-            whole[(..., *area)] += frames.mul_(share.to(frames.device))
+            if len(self._shares) < len(places):
+                # Copied to the device once: each copy makes a GPU wait.
+                self._shares.append((row.share[:, None] * column.share).to(frames.device))
+            whole[(..., *area)] += frames.mul_(self._shares[place])
         self._broken = False
         return whole
 
@@ -121,7 +124,7 @@ class TiledDecoder:
 
     def reset(self) -> None:
         """Forget the video decoded so far."""
-        self._size, self._tiles, self._broken = None, [], False
+        self._size, self._tiles, self._shares, self._broken = None, [], [], False
 
     def _begin(self, chunk: Tensor) -> None:
         """Lay the tiles over a video of the size of ``chunk``."""
@@ -145,14 +148,17 @@ def check_tiles(tile: int, overlap: int, stride: int) -> None:
         stride: Pixels along a side of one latent cell.
 
     Raises:
-        SettingsError: A size is no multiple of a cell, or the overlap is no smaller than the tile.
+        SettingsError: A size is no multiple of a cell, or the overlap is more than three quarters of a tile.
     """
     for name, size, least in (("tile", tile, stride), ("overlap", overlap, 0)):
         if size < least or size % stride:
             nearest = max(least, round(size / stride) * stride)
             raise SettingsError(f"{name} is {size} pixels; use a multiple of {stride}, e.g. {nearest}.")
-    if overlap >= tile:
-        raise SettingsError(f"the overlap, {overlap} pixels, must be smaller than the tile, {tile}.")
+    if 4 * overlap > 3 * tile:
+        least = -(-4 * overlap // (3 * stride)) * stride
+        raise SettingsError(
+            f"tile is {tile} pixels and neighbours share {overlap}; use tiles of at least {least}."
+        )
 
 
 def spans(cells: int, tile: int, overlap: int, stride: int) -> list[Span]:

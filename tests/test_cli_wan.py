@@ -13,7 +13,8 @@ from tiny_demo import refused
 from sfpp_core import cli
 from sfpp_core.checkpoint import load_student
 from sfpp_core.encoder import video_info
-from sfpp_core.latents_file import load_latents
+from sfpp_core.errors import OutputError
+from sfpp_core.latents_file import load_latents, save_latents
 from sfpp_core.pictures import read_clip
 
 CONFIG = replace(layouts.CONFIG, text_dim=tiny_umt5.SIZES["d_model"])
@@ -205,3 +206,88 @@ def test_the_student_of_the_run_is_the_one_in_the_file(wan):
     network, config, settings = load_student(wan / "student.pt")
     assert (config, settings.window) == (CONFIG, 21)
     assert sum(parameter.numel() for parameter in network.parameters()) > 0
+
+
+def test_latents_of_another_run_are_not_mixed_in(wan, tmp_path, capsys):
+    kept = tmp_path / "latents"
+    assert cli.main(words(wan, tmp_path / "a.mp4", "--latents", kept, decoder="preview")) == 0
+    for change in (["--steps", "2"], ["--sink", "3"], ["--lora", wan / "lora.safetensors"]):
+        again = words(wan, tmp_path / "b.mp4", "--latents", kept, *change, decoder="preview")
+        refused(capsys, again, "holds the latents of another video")
+    assert cli.main(words(wan, tmp_path / "c.mp4", "--latents", kept, decoder="preview")) == 0
+
+
+def test_latents_that_cannot_be_kept_do_not_cost_the_frames(wan, tmp_path, capsys, monkeypatch):
+    def fail(folder, chunk, latents, info):
+        if chunk == 1:
+            raise OutputError("the disk is full.")
+        save_latents(folder, chunk, latents, info)
+
+    monkeypatch.setattr("sfpp_core.generate.save_latents", fail)
+    out = tmp_path / "video.mp4"
+    command = words(wan, out, "--latents", tmp_path / "latents", seconds="3", decoder="preview")
+    refused(capsys, command, "the disk is full. The first 21 frames are in", code=1)
+    assert video_info(out).frames == 21
+
+
+def test_a_decoder_that_fails_does_not_cost_the_latents(wan, tmp_path, monkeypatch):
+    def fail(self, chunk):
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr("sfpp_core.preview_decoder.PreviewDecoder.decode", fail)
+    kept = tmp_path / "latents"
+    with pytest.raises(RuntimeError, match="no more"):
+        cli.main(words(wan, tmp_path / "video.mp4", "--latents", kept, decoder="preview"))
+    assert load_latents(kept).chunks == 1
+
+
+def test_causvid_needs_an_encoder_only_where_a_window_starts_anew(wan, tmp_path, capsys, monkeypatch):
+    command = words(wan, tmp_path / "video.mp4", "--preset", "causvid", "--overlap", "3", decoder="preview")
+    assert cli.main(command) == 0
+    monkeypatch.setattr(cli, "load", None)
+    command[command.index("--seconds") + 1] = "8"
+    refused(capsys, command, "preview cannot encode")
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--encoder", "Wan2.1_VAE.pth"], "--encoder without --start"),
+        (["--sink-positions", "relative"], "--sink-positions without a sink"),
+    ],
+)
+def test_options_without_effect_are_named(wan, tmp_path, capsys, more, expected):
+    assert cli.main(words(wan, tmp_path / "video.mp4", *more, decoder="preview")) == 0
+    assert expected in capsys.readouterr().err
+
+
+def test_what_the_video_begins_with_is_not_replaced(wan, tmp_path, capsys):
+    clip = tmp_path / "clip.mp4"
+    assert cli.main(words(wan, clip, seconds="2", decoder="preview")) == 0
+    before = clip.read_bytes()
+    refused(capsys, words(wan, clip, "--start", clip, seconds="4"), "is what the video begins with")
+    assert clip.read_bytes() == before
+
+
+def test_names_no_file_system_takes_are_no_traceback(wan, tmp_path, capsys):
+    long = tmp_path / ("x" * 300)
+    for option in ("--student", "--lora", "--start", "--decoder", "--text-encoder", "--latents"):
+        refused(capsys, words(wan, tmp_path / "video.mp4", option, long), "error: ")
+    refused(capsys, ["info", str(long)], "error: ")
+
+
+def test_bad_tiles_are_refused_before_a_decoder_is_loaded(wan, tmp_path, capsys, monkeypatch):
+    kept = tmp_path / "latents"
+    assert cli.main(words(wan, tmp_path / "a.mp4", "--latents", kept, decoder="preview")) == 0
+    monkeypatch.setattr("sfpp_core.redecode.load_decoder", None)
+    decode = [
+        "decode",
+        kept,
+        "--out",
+        tmp_path / "b.mp4",
+        "--decoder",
+        wan / "Wan2.1_VAE.pth",
+        "--tile",
+        "72",
+    ]
+    refused(capsys, [str(word) for word in decode], "use tiles of at least 88")

@@ -170,6 +170,10 @@ NAN = torch.full((1, 2, 128), float("nan"))
 BYTES = torch.zeros(64, 64, dtype=torch.uint8)
 STATES = {
     "not finite": (lambda: changed(head__modulation=NAN), "head.modulation holds numbers that are not fin"),
+    "not finite in 8 bits": (
+        lambda: changed(blocks__0__ffn__0__weight=torch.full((64, 128), float("nan")).to(torch.float8_e4m3fn)),
+        "blocks.0.ffn.0.weight holds numbers that are not finite",
+    ),
     "missing": (lambda: changed(head__head__bias=None), "lacks head.head.bias; is it complete"),
     "shape": (
         lambda: changed(blocks__1__ffn__2__bias=torch.zeros(7)),

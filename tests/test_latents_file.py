@@ -12,7 +12,13 @@ from wan_files import TINY, write_tiny
 from sfpp_core import demo
 from sfpp_core.decoder import load_decoder
 from sfpp_core.errors import CheckpointError, OutputError, SettingsError
-from sfpp_core.latents_file import LatentsInfo, check_folder, decode_latents, load_latents, save_latents
+from sfpp_core.latents_file import (
+    LatentsInfo,
+    check_latents_folder,
+    decode_latents,
+    load_latents,
+    save_latents,
+)
 
 INFO = LatentsInfo(space="wan2.1", width=32, height=16, frames=19, chunks=2, seed=7, prompt="a red ball")
 
@@ -62,11 +68,14 @@ def test_a_start_picture_may_come_first(tmp_path, decoder):
 def test_the_same_video_may_be_saved_again_and_another_may_not(folder):
     save_latents(folder, 0, chunks()[0], INFO)
     other = replace(INFO, seed=8)
-    for refuse in (lambda: check_folder(folder, other), lambda: save_latents(folder, 1, chunks()[1], other)):
+    for refuse in (
+        lambda: check_latents_folder(folder, other),
+        lambda: save_latents(folder, 1, chunks()[1], other),
+    ):
         with pytest.raises(OutputError, match="holds the latents of another video"):
             refuse()
     with pytest.raises(OutputError, match="is a file"):
-        check_folder(folder / "chunk_000000.safetensors", INFO)
+        check_latents_folder(folder / "chunk_000000.safetensors", INFO)
     with pytest.raises(OutputError, match="cannot be made"):
         save_latents(folder / "missing" / "deep", 0, chunks()[0], INFO)
 

@@ -135,3 +135,18 @@ def test_settings_survive_a_table():
     settings = of_family("causvid")
     table = to_table(settings) | {"sigmas": list(settings.sigmas)}  # as JSON and TOML give it
     assert from_table(RolloutSettings, table, where="here") == settings
+
+
+def test_a_window_that_starts_anew_sees_given_chunks_in_the_dtype_of_the_rest():
+    settings = RolloutSettings(window=9, overlap=3)
+    seen = []
+
+    def restart(before):
+        seen.append(before.dtype)
+        return before[:, :, -3:]
+
+    made = list(sampler(settings, chunks=5).chunks(tiny.text()))
+    start = torch.cat(made[:2], dim=2).double()
+    again = list(sampler(settings, chunks=5, restart=restart).chunks(tiny.text(), start=start))
+    assert seen == [torch.float32] * 1
+    assert all(torch.equal(a.float(), b) for a, b in zip(again, made, strict=True))

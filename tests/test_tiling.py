@@ -83,7 +83,7 @@ def test_the_demos_decoder_can_be_tiled():
         (0, 0, "tile is 0 pixels; use a multiple of 8, e.g. 8"),
         (64, 12, "overlap is 12 pixels; use a multiple of 8, e.g. 16"),
         (64, -8, "overlap is -8 pixels"),
-        (64, 64, "the overlap, 64 pixels, must be smaller than the tile, 64"),
+        (64, 64, "tile is 64 pixels and neighbours share 64; use tiles of at least 88"),
     ],
 )
 def test_impossible_tiles_are_refused(tiny, tile, overlap, message):
