@@ -171,7 +171,7 @@ BYTES = torch.zeros(64, 64, dtype=torch.uint8)
 STATES = {
     "not finite": (lambda: changed(head__modulation=NAN), "head.modulation holds numbers that are not fin"),
     "not finite in 8 bits": (
-        lambda: changed(blocks__0__ffn__0__weight=torch.full((64, 128), float("nan")).to(torch.float8_e4m3fn)),
+        lambda: changed(blocks__0__ffn__0__weight=NAN[0, :1].repeat(64, 1).to(torch.float8_e4m3fn)),
         "blocks.0.ffn.0.weight holds numbers that are not finite",
     ),
     "missing": (lambda: changed(head__head__bias=None), "lacks head.head.bias; is it complete"),
