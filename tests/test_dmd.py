@@ -199,7 +199,7 @@ def test_only_what_is_new_in_a_stream_has_a_gradient():
     assert all(grad.abs().max() == 0 for grad in old)
     new = torch.autograd.grad(rolled.clean[:, :, 3:].sum(), list(role.net.parameters()))
     assert all(grad.abs().max() > 0 for grad in new)
-    clean, mask = as_clip(rolled, "keep", autoencoder(), masked=3)
+    _, mask = as_clip(rolled, "keep", autoencoder(), masked=3)
     assert mask.flatten().tolist() == [0] * 3 + [1] * 6
 
 
@@ -274,7 +274,7 @@ def test_ten_updates_equal_four_and_a_kill_and_six(runs, tmp_path, variant):
 
 def test_the_segment_is_a_function_of_seed_and_iteration(runs, tmp_path):
     settings = settings_of(runs, tmp_path)
-    roles = load_roles(settings, torch.device("cpu"))
+    roles = load_roles(settings, autoencoder(), torch.device("cpu"))
     chunk = (3, 8, 8)
     with torch.no_grad():
         one, again, other = (Rollouts(settings, roles, chunk).next(number)[0] for number in (3, 3, 4))

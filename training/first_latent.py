@@ -1,8 +1,9 @@
 """The first latent frame of a segment from the middle of a video, made fit for a teacher of whole clips.
 
-A clip's first latent frame holds one frame, every later one four. A segment that starts later has four frames
-in its first latent frame, which a teacher of clips has never seen there. Self-Forcing's trainer encodes the
-last of the four again, as a picture, and gives the loss no say in what is first; Self-Forcing++ does not tell.
+A clip's first latent frame holds one frame, every later one four. A segment from further on has four frames
+in its first latent frame too, which a teacher of clips has never seen there. Self-Forcing's trainer encodes
+the last of the four again, as a picture, and leaves the first chunk out of the loss; Self-Forcing++ does not
+say.
 
 Legend: B batch, C channels, T latent frames, H and W latent height and width, F frames.
 """
@@ -15,8 +16,8 @@ from torch import Tensor
 from training.segments import Rolled
 
 FirstLatent = Literal["keep", "mask", "reencode"]
-"""``keep``: the segment as it is. ``mask``: no loss on its start. ``reencode``: its first latent frame becomes
-that of a picture, and there is no loss on its start."""
+"""``keep``: the segment as it is. ``mask``: no loss on its start. ``reencode``: its first latent frame
+becomes that of a picture, and there is no loss on its start."""
 
 
 class Pictures(Protocol):
@@ -47,7 +48,7 @@ def as_clip(
         masked: Latent frames at the start of such a segment on which there is no loss, but for ``keep``.
 
     Returns:
-        The segment, ``(B, C, T, H, W)``, and ``None`` or the mask of ``losses.dmd_loss``, ``(1, 1, T, 1, 1)``.
+        The segment, ``(B, C, T, H, W)``, and ``None`` or a mask for ``losses.dmd_loss``, ``(1, 1, T, 1, 1)``.
     """
     clean, covered = rolled.clean, rolled.old
     if rolled.before.shape[2] and handling != "keep":

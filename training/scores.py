@@ -1,9 +1,9 @@
 """What the teacher and the critic say about a segment, each from the same noised copy of it.
 
 Two kinds of score. Bidirectional: the whole segment at one sigma, as a clip of its own. Causal: each chunk at
-a sigma of its own, given the student's own clean chunks before it in the segment. The divergence of two causal
-models is a sum over chunks of what they disagree on given the same past, so the sum of these scores is one of
-the whole segment; the past itself is data here, as in the rollout.
+a sigma of its own, given the student's own clean chunks before it in the segment. The divergence of two
+causal models is a sum over chunks of what they disagree on given the same past, so the sum of these scores is
+one of the whole segment; the past itself is data here, as in the rollout.
 
 Either way positions start at 0 and nothing outside the segment is seen: the teacher judges what it knows, its
 own horizon.
@@ -157,4 +157,7 @@ def _with_empty(captions: Sequence[str], doubled: int) -> list[str]:
 
 def _guided(velocity: Tensor, doubled: int, guidance: float) -> Tensor:
     """Return the velocity of a batch that held conditional, then unconditional clips if it was doubled."""
-    return velocity if doubled == 1 else guide(*velocity.chunk(2), guidance)
+    if doubled == 1:
+        return velocity
+    conditional, unconditional = velocity.chunk(2)
+    return guide(conditional, unconditional, guidance)

@@ -74,7 +74,8 @@ class DmdSettings:
     """Share of segments that start at the first latent frame; not for streaming."""
 
     beta: tuple[float, ...] = (1.0, 1.0)
-    """Beta law of where the other segments start: (1, 1) is uniform, (1, 2) prefers early; not for streaming."""
+    """Beta law of where the other segments start: (1, 1) is uniform, (1, 2) prefers early; not for
+    streaming."""
 
     last_step_only: bool = False
     """Keep the gradient at the last denoising step only, as Self-Forcing++ does, instead of a random one."""
@@ -138,7 +139,7 @@ class DmdSettings:
 
 
 def draw_captions(settings: DmdSettings, *key: int) -> tuple[list[str], np.random.Generator]:
-    """Return the captions of one batch of videos, and a generator for the rest: a function of seed and key."""
+    """Return the captions of one batch of videos and a generator for the rest, functions of seed and key."""
     rng = np.random.default_rng((settings.loop.seed, 4, *key))
     return [caption(sample_scene(rng), rng) for _ in range(settings.batch)], rng
 
@@ -187,7 +188,7 @@ class Rollouts:
         return captions, int(rng.integers(2**62))
 
 
-def load_roles(settings: DmdSettings, device: torch.device) -> Matching:
+def load_roles(settings: DmdSettings, autoencoder: TinyAutoencoder, device: torch.device) -> Matching:
     """Load student, teacher and critic."""
     student = load_demo_model(Path(settings.student_run)).to(device)
     teacher = load_demo_model(Path(settings.teacher_run)).to(device, torch.bfloat16).requires_grad_(False)
@@ -208,7 +209,7 @@ def load_roles(settings: DmdSettings, device: torch.device) -> Matching:
             masked=settings.masked,
             checkpointing=settings.checkpointing,
         ),
-        autoencoder=TinyAutoencoder.load(Path(settings.autoencoder)).to(device),
+        autoencoder=autoencoder,
         guidance=settings.guidance,
     )
 
@@ -216,7 +217,8 @@ def load_roles(settings: DmdSettings, device: torch.device) -> Matching:
 def main(settings: DmdSettings) -> None:
     """Train the student against the teacher, and the critic against the student."""
     device = settings.loop.pick_device()
-    roles = load_roles(settings, device)
+    autoencoder = TinyAutoencoder.load(Path(settings.autoencoder)).to(device)
+    roles = load_roles(settings, autoencoder, device)
     geometry = VideoGeometry(height=SIZE, width=SIZE, frames=FRAMES, chunk=settings.rollout.chunk)
     rollouts = Rollouts(settings, roles, geometry.chunk_shape)
     updates = settings.loop.iterations
@@ -242,7 +244,7 @@ def main(settings: DmdSettings) -> None:
         return {"critic": loss.item(), **seen}
 
     def sample(path: Path) -> None:
-        roll_sheet(student.averaged, roles.autoencoder, settings.rollout, path, device=device)
+        roll_sheet(student.averaged, autoencoder, settings.rollout, path, device=device)
 
     parts: dict[str, Any] = {"model": student, "critic": critic}
     if rollouts.stream is not None:
