@@ -91,7 +91,7 @@ class Matching:
         """Return one segment of a new rollout; ``chunk`` is ``(T, H, W)`` of one chunk."""
         with torch.autocast(self.device.type, torch.bfloat16):
             rolled = roll_segment(
-                self._bound(captions),
+                self.bound(captions),
                 noise,
                 self.schedule,
                 self.shape,
@@ -107,7 +107,7 @@ class Matching:
         captions = stream.turn(start)
         with torch.autocast(self.device.type, torch.bfloat16):
             rolled = stream.roll(
-                self._bound(captions),
+                self.bound(captions),
                 self.schedule,
                 exit_step=exit_step,
                 like=self._like(captions, chunk),
@@ -134,7 +134,7 @@ class Matching:
             mask = pieces(mask.expand(len(shown.clean), -1, -1, -1, -1))
         return dmd_loss(pieces(shown.clean), pieces(real), pieces(fake), mask)
 
-    def _bound(self, captions: Sequence[str]) -> BoundStudent:
+    def bound(self, captions: Sequence[str]) -> BoundStudent:
         """Return the student, bound to ``captions``."""
         model = self.student
         student = CausalStudent(

@@ -62,10 +62,10 @@ def clock(make, *, times=2):
 @torch.no_grad()
 def seconds_per_pass(matching, captions, *, full):
     """Return the seconds of one forward of one chunk, with an empty or a full memory behind it."""
-    bound = matching._bound(captions)
-    like = matching._like(captions, CLIP.chunk_shape)
+    like = torch.zeros(len(captions), DEMO.channels, *CLIP.chunk_shape)
     cache = RollingKVCache(matching.shape, batch=len(captions), like=like.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
+        bound = matching.bound(captions)
         for chunk in range(matching.shape.window - 1 if full else 0):
             cache.open(chunk)
             bound.remember(like, cache)
