@@ -247,7 +247,7 @@ def without_sheets(monkeypatch):
 
 VARIANTS = {
     "self-forcing": ["horizon=6"],
-    "streaming": ["streaming=true", "overlap=3", "first_latent=mask"],
+    "streaming": ["streaming=true", "critic_updates=2", "overlap=3", "first_latent=mask"],
     "literal": ["backward_noise=finished", "first_latent=reencode", "last_step_only=true", "beta=[1, 2]"],
     "bidirectional": ["scores=bidirectional", "checkpointing=true", "at_zero=0"],
 }
