@@ -72,3 +72,16 @@ def test_a_guidance_of_four_is_what_self_forcings_trainer_writes_as_three():
 @pytest.mark.parametrize(("uniform", "sigma"), [(0.1, 0.3571), (0.5, 0.8333), (0.001, 0.02), (0.999, 0.98)])
 def test_noise_levels_are_uniform_then_warped_then_clamped(uniform, sigma):
     assert LEVELS.of(uniform) == pytest.approx(sigma, abs=1e-4)
+
+
+def test_the_opening_chunk_counts_as_often_as_it_is_told_to():
+    shape = CacheShape(layers=1, heads=1, head_dim=2, tokens_per_chunk=1, latent_frames_per_chunk=3, window=7)
+    scores, clean = CausalScores(LEVELS, shape, opening=4.0), tiny.latents(3)
+    assert scores.weights(clean).flatten().tolist() == [4] * 3 + [1] * 6
+    assert CausalScores(LEVELS, shape).weights(clean) is None
+    velocity, noise = torch.zeros_like(clean).requires_grad_(True), torch.ones_like(clean)
+    velocity_loss(velocity, torch.zeros_like(clean), noise, scores.weights(clean)).backward()
+    first, second, third = velocity.grad.split(3, dim=2)
+    torch.testing.assert_close(first, 4 * second)
+    torch.testing.assert_close(second, third)
+    torch.testing.assert_close(velocity.grad.sum(), torch.tensor(-2.0))

@@ -36,6 +36,10 @@ class DmdSettings:
     """``causal``: teacher and critic judge each chunk given the segment's chunks before it.
     ``bidirectional``: they judge the segment as a whole."""
 
+    opening: float = 1.0
+    """How much a segment's first chunk counts against each other, for causal scores: it alone is judged
+    without a past, so it alone tells a drifted exposure from a right one."""
+
     horizon: int = 21
     """Longest rollout, in latent frames."""
 

@@ -3,7 +3,6 @@
 Legend: B batch, C channels, T latent frames, H and W latent height and width.
 """
 
-import torch
 from torch import Tensor
 
 _LEAST_SCALE = 1e-3
@@ -19,8 +18,8 @@ def dmd_loss(clean: Tensor, real: Tensor, fake: Tensor, mask: Tensor | None = No
         clean: Student sample that keeps a gradient, ``(B, C, T, H, W)``.
         real: Teacher's estimate of it from a noised copy, same shape.
         fake: Critic's estimate of it from the same noised copy, same shape.
-        mask: ``(B, 1, T, 1, 1)``, B may be 1: 1 where the loss counts, 0 where it does not. ``None``: all
-            counts.
+        mask: ``(B, 1, T, 1, 1)``, B may be 1: how much the loss counts, 0 where it does not. ``None``: all
+            counts the same.
 
     Returns:
         Scalar. Its value means nothing; its gradient is ``(fake - real) / scale`` over the numbers of
@@ -28,15 +27,19 @@ def dmd_loss(clean: Tensor, real: Tensor, fake: Tensor, mask: Tensor | None = No
     """
     scale = (clean - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp_min(_LEAST_SCALE)
     target = (clean - (fake - real) / scale).detach()
-    square = (clean - target).square()
+    return 0.5 * _mean((clean - target).square(), mask)
+
+
+def velocity_loss(velocity: Tensor, clean: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the flow-matching error: mean square of ``velocity - (noise - clean)``, weighed by ``mask``."""
+    return _mean((velocity - (noise - clean)).square(), mask)
+
+
+def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mean of ``x`` where ``mask`` counts."""
     if mask is None:
-        return 0.5 * square.mean()
-    return 0.5 * (square * mask).sum() / mask.expand_as(square).sum().clamp_min(1)
-
-
-def velocity_loss(velocity: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
-    """Return the flow-matching error: mean square of ``velocity - (noise - clean)``."""
-    return torch.nn.functional.mse_loss(velocity, noise - clean)
+        return x.mean()
+    return (x * mask).sum() / mask.expand_as(x).sum().clamp_min(1)
 
 
 def guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:

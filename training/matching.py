@@ -120,7 +120,7 @@ class Matching:
         at = self.scores.noised(shown.clean, generator)
         with torch.autocast(self.device.type, torch.bfloat16):
             velocity = self.scores.velocity(self.critic, at, shown.captions)
-        return velocity_loss(velocity, at.clean, at.noise)
+        return velocity_loss(velocity, at.clean, at.noise, self.scores.weights(at.clean))
 
     def student_loss(self, shown: Shown, generator: torch.Generator) -> Tensor:
         """Return the distribution-matching loss of the student's segment."""
@@ -129,7 +129,9 @@ class Matching:
             real = estimate(self.scores, self.teacher, at, shown.captions, self.guidance)
             with torch.autocast(self.device.type, torch.bfloat16):
                 fake = estimate(self.scores, self.critic, at, shown.captions, 1.0)
-        pieces, mask = self.scores.pieces, shown.mask
+        pieces, mask, weights = self.scores.pieces, shown.mask, self.scores.weights(shown.clean)
+        if weights is not None:
+            mask = weights if mask is None else weights * mask
         if mask is not None:
             mask = pieces(mask.expand(len(shown.clean), -1, -1, -1, -1))
         return dmd_loss(pieces(shown.clean), pieces(real), pieces(fake), mask)

@@ -84,6 +84,10 @@ class Scores(Protocol):
         """Return ``(B, C, T, H, W)`` cut into what has one sigma, ``(B * P, C, T / P, H, W)``."""
         ...
 
+    def weights(self, clean: Tensor) -> Tensor | None:
+        """Return how much each latent frame counts, ``(1, 1, T, 1, 1)``; ``None``: all the same."""
+        ...
+
 
 def estimate(scores: Scores, role: Role, at: Noised, captions: Sequence[str], guidance: float) -> Tensor:
     """Return the clean estimate of ``role``, ``(B, C, T, H, W)``."""
@@ -113,13 +117,24 @@ class WholeScores:
         """Return ``x``: a segment is one piece."""
         return x
 
+    def weights(self, clean: Tensor) -> Tensor | None:  # noqa: ARG002 - the protocol's
+        """Return ``None``: the whole segment is judged at once."""
+        return None
+
 
 class CausalScores:
     """Scores of causal roles: every chunk at a sigma of its own, given its clean past in the segment."""
 
-    def __init__(self, levels: Levels, shape: CacheShape) -> None:
-        """Take the law of the noise levels and the size of the roles' cache."""
-        self.levels, self.shape = levels, shape
+    def __init__(self, levels: Levels, shape: CacheShape, *, opening: float = 1.0) -> None:
+        """Take what the roles need.
+
+        Args:
+            levels: The law of the noise levels.
+            shape: Size of the roles' cache.
+            opening: How much a segment's first chunk counts against each other. It alone is judged without a
+                past; of a chunk that goes on from a wrong past, the teacher asks only that it goes on.
+        """
+        self.levels, self.shape, self.opening = levels, shape, opening
 
     def noised(self, clean: Tensor, generator: torch.Generator) -> Noised:
         """Return ``clean`` ``(B, C, T, H, W)`` at one random noise level per chunk, spread over the law."""
@@ -141,6 +156,14 @@ class CausalScores:
         """Return the chunks of ``(B, C, T, H, W)`` as clips of their own, ``(B * P, C, chunk, H, W)``."""
         chunk = self.shape.latent_frames_per_chunk
         return x.unflatten(2, (-1, chunk)).transpose(1, 2).flatten(0, 1)
+
+    def weights(self, clean: Tensor) -> Tensor | None:
+        """Return ``opening`` for the first chunk, 1 for the others."""
+        if self.opening == 1:
+            return None
+        weights = torch.ones(1, 1, clean.shape[2], 1, 1, device=clean.device)
+        weights[:, :, : self.shape.latent_frames_per_chunk] = self.opening
+        return weights
 
 
 def _noised(clean: Tensor, sigma: Tensor, generator: torch.Generator) -> Noised:

@@ -93,7 +93,9 @@ def load_roles(settings: DmdSettings, autoencoder: TinyAutoencoder, device: torc
         student,
         teacher,
         critic,
-        scores=CausalScores(levels, asked) if settings.scores == "causal" else WholeScores(levels),
+        scores=CausalScores(levels, asked, opening=settings.opening)
+        if settings.scores == "causal"
+        else WholeScores(levels),
         schedule=settings.rollout.schedule(),
         shape=CacheShape.of(student.config, geometry, settings.rollout),
         options=RollOptions(
