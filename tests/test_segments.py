@@ -1,4 +1,6 @@
-"""Segments of rollouts, and the losses on them."""
+"""Segments of rollouts: which stretch is made, with which gradient, and in how much memory."""
+
+import gc
 
 import numpy as np
 import pytest
@@ -8,9 +10,8 @@ import torch
 from sfpp_core.kv_cache import CacheShape, RollingKVCache
 from sfpp_core.noise import ChunkNoise
 from sfpp_core.rollout import rollout
-from sfpp_core.schedule import FewStepSchedule
+from sfpp_core.schedule import FewStepSchedule, add_noise, clean_from_velocity
 from sfpp_core.student import CausalStudent
-from training.losses import dmd_loss, velocity_loss
 from training.segments import Segment, draw_segment, roll_segment
 
 LIKE = torch.zeros(2, 16, 3, 4, 6)
@@ -25,10 +26,15 @@ SHAPE = CacheShape(
 SCHEDULE = FewStepSchedule.uniform(4)
 
 
-def roll(segment, *, net=None):
+def rolled(segment, *, net=None, checkpointing=False, **options):
     net = net or tiny.network()
-    bound = CausalStudent(net, tiny.CONFIG).bind(tiny.text(batch=2))
-    return roll_segment(bound, ChunkNoise(5), SCHEDULE, SHAPE, segment, like=LIKE, dtype=torch.float32)
+    bound = CausalStudent(net, tiny.CONFIG, checkpointing=checkpointing).bind(tiny.text(batch=2))
+    settings = {"like": LIKE, "dtype": torch.float32, **options}
+    return roll_segment(bound, ChunkNoise(5), SCHEDULE, SHAPE, segment, **settings)
+
+
+def roll(segment, **options):
+    return rolled(segment, **options).clean
 
 
 @torch.no_grad()
@@ -56,6 +62,16 @@ def test_a_segment_at_zero_with_a_horizon_of_one_segment_is_self_forcing():
     assert {segment.exit_step for segment in drawn} == {0, 1, 2, 3}
 
 
+def test_a_beta_law_of_one_and_two_prefers_early_segments():
+    rng = np.random.default_rng(0)
+    options = {"horizon": 27, "chunks": 7, "at_zero": 0.0, "steps": 4, "last_step_only": True}
+    starts = np.array([draw_segment(rng, beta=(1.0, 2.0), **options).start for _ in range(3000)])
+    assert (starts.min(), starts.max()) == (0, 20)
+    # Beta(1, 2) has its mean at a third of the 21 places, and 1 - (1 - x)^2 of its mass below x.
+    assert abs(starts.mean() + 0.5 - 7) < 0.3
+    assert abs((starts < 7).mean() - 5 / 9) < 0.03
+
+
 def test_longer_horizons_spread_the_segments_over_the_rollout():
     rng = np.random.default_rng(0)
     options = {"horizon": 35, "chunks": 7, "at_zero": 0.3, "steps": 4, "last_step_only": True}
@@ -77,6 +93,73 @@ def test_the_gradient_of_a_chunk_is_its_own(chunk):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("backward_noise", ["rollout", "finished"])
+def test_recomputed_layers_give_the_same_gradient_across_an_eviction(backward_noise):
+    """The window is 3 chunks, so by the last of 5 two have left it when backward runs the layers again."""
+    grads = []
+    for checkpointing in (False, True):
+        net = tiny.network().requires_grad_(True)
+        segment = Segment(start=1, chunks=5, exit_step=2)
+        clean = roll(segment, net=net, checkpointing=checkpointing, backward_noise=backward_noise)
+        grads.append(torch.autograd.grad(clean.square().sum(), list(net.parameters())))
+    for plain, recomputed in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=1e-5, atol=1e-5)
+
+
+def test_a_finished_chunk_noised_again_keeps_the_rollout_and_answers_anew():
+    """Algorithm 1 by the letter: the past is the finished rollout, the answer one more estimate of it."""
+    segment = Segment(start=1, chunks=2, exit_step=3)
+    answer = roll(segment, backward_noise="finished")
+    finished = whole(3)[:, :, 3:]
+    sigma, noise = SCHEDULE.sigmas[3], ChunkNoise(5)
+    cache = RollingKVCache(SHAPE, batch=2, like=LIKE)
+    bound = tiny.student().bind(tiny.text(batch=2))
+    with torch.no_grad():
+        past = rollout(bound, noise, SCHEDULE, cache, chunks=1, like=LIKE, keep_last=True)
+        assert len(list(past)) == 1
+        for chunk, clean in enumerate(finished.split(3, dim=2), start=1):
+            cache.open(chunk)
+            noisy = add_noise(clean, noise.draw(tuple(LIKE.shape), chunk=chunk, step=4, like=LIKE), sigma)
+            expected = clean_from_velocity(noisy, bound(noisy, sigma, cache), sigma)
+            torch.testing.assert_close(
+                answer[:, :, 3 * chunk - 3 : 3 * chunk], expected, rtol=1e-4, atol=1e-5
+            )
+            bound.remember(clean, cache)
+            cache.close()
+    assert (answer - finished).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("start", "kept"), [(0, 0), (1, 1), (5, 2)])
+def test_what_lies_right_before_a_segment_comes_along(start, kept):
+    before = rolled(Segment(start=start, chunks=2, exit_step=3)).before
+    expected = whole(start)[:, :, 3 * (start - kept) :] if kept else LIKE[:, :, :0]
+    torch.testing.assert_close(before, expected, rtol=0, atol=0)
+
+
+def saved_for_backward(horizon):
+    """Return bytes kept for backward and tensors alive, for a segment at the end of ``horizon`` chunks."""
+    net = tiny.network().requires_grad_(True)
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    gc.collect()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        clean = roll(Segment(start=horizon - 2, chunks=2, exit_step=3), net=net, checkpointing=True)
+    gc.collect()
+    alive = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+    clean.sum().backward()
+    return sum(saved.values()), alive
+
+
+def test_the_gradient_part_keeps_as_much_at_fifty_times_the_horizon():
+    """Twice, ten and fifty times a horizon of two chunks; the window holds three, so it is full in all."""
+    first, *longer = [saved_for_backward(horizon) for horizon in (2 * 2, 10 * 2, 50 * 2)]
+    assert all(measured == first for measured in longer)
+
+
 def test_every_weight_gets_a_gradient_under_autocast():
     """Passes without a gradient come first; autocast must not hand on the weights it casted for them."""
     net = tiny.network().requires_grad_(True)
@@ -85,24 +168,3 @@ def test_every_weight_gets_a_gradient_under_autocast():
     clean.square().mean().backward()
     missing = [name for name, parameter in net.named_parameters() if parameter.grad is None]
     assert not missing
-
-
-def test_the_dmd_gradient_is_the_normalised_score_difference():
-    torch.manual_seed(0)
-    clean = torch.randn(2, 4, 3, 2, 2, requires_grad=True)
-    real, fake = torch.randn(2, 2, 4, 3, 2, 2)
-    dmd_loss(clean, real, fake).backward()
-    scale = (clean - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
-    torch.testing.assert_close(clean.grad, (fake - real) / scale / clean.numel())
-
-
-def test_a_student_that_agrees_with_its_teacher_gets_no_wild_gradient():
-    clean = torch.randn(1, 4, 3, 2, 2, requires_grad=True)
-    dmd_loss(clean, clean.detach(), clean.detach()).backward()
-    assert clean.grad.abs().max() == 0
-
-
-def test_the_critic_is_right_when_it_predicts_noise_minus_clean():
-    clean, noise = torch.randn(2, 2, 4)
-    assert velocity_loss(noise - clean, clean, noise) == 0
-    assert velocity_loss(noise, clean, noise) > 0

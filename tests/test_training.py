@@ -32,6 +32,7 @@ KINDS = {
     "demo_ode_pairs": PairSettings,
     "demo_ode": OdeSettings,
     "demo_self_forcing": DmdSettings,
+    "demo_self_forcing_plus": DmdSettings,
     "demo_export": ExportSettings,
     "demo_evaluate": EvaluateSettings,
 }

@@ -3,14 +3,13 @@
 Legend: B batch, C channels, T latent frames, H and W latent height and width.
 """
 
-import torch
 from torch import Tensor
 
 _LEAST_SCALE = 1e-3
 """Below this a student agrees with its teacher and the normalised gradient would blow up."""
 
 
-def dmd_loss(clean: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+def dmd_loss(clean: Tensor, real: Tensor, fake: Tensor, mask: Tensor | None = None) -> Tensor:
     """Distribution-matching loss whose gradient is the normalised score difference.
 
     DMD, arXiv:2311.18828, equations 7 and 8.
@@ -19,16 +18,34 @@ def dmd_loss(clean: Tensor, real: Tensor, fake: Tensor) -> Tensor:
         clean: Student sample that keeps a gradient, ``(B, C, T, H, W)``.
         real: Teacher's estimate of it from a noised copy, same shape.
         fake: Critic's estimate of it from the same noised copy, same shape.
+        mask: ``(B, 1, T, 1, 1)``, B may be 1: how much the loss counts, 0 where it does not. ``None``: all
+            counts the same.
 
     Returns:
         Scalar. Its value means nothing; its gradient is ``(fake - real) / scale`` over the numbers of
-        ``clean``.
+        ``clean`` that count. The scale is that of the whole sample, whatever counts.
     """
     scale = (clean - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp_min(_LEAST_SCALE)
     target = (clean - (fake - real) / scale).detach()
-    return 0.5 * torch.nn.functional.mse_loss(clean, target)
+    return 0.5 * _mean((clean - target).square(), mask)
 
 
-def velocity_loss(velocity: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
-    """Return the flow-matching error: mean square of ``velocity - (noise - clean)``."""
-    return torch.nn.functional.mse_loss(velocity, noise - clean)
+def velocity_loss(velocity: Tensor, clean: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the flow-matching error: mean square of ``velocity - (noise - clean)``, weighed by ``mask``."""
+    return _mean((velocity - (noise - clean)).square(), mask)
+
+
+def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mean of ``x`` where ``mask`` counts."""
+    if mask is None:
+        return x.mean()
+    return (x * mask).sum() / mask.expand_as(x).sum().clamp_min(1)
+
+
+def guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+    """Return the velocity under classifier-free guidance of the conventional scale: 1 is none.
+
+    Wan and Self-Forcing's sampler use the same scale. Self-Forcing's trainer writes a guidance of 4 as 3:
+    ``conditional + 3 * (conditional - unconditional)``.
+    """
+    return unconditional + guidance * (conditional - unconditional)

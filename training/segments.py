@@ -7,17 +7,30 @@ the segment, keeps one within it, and stops at its end, since what follows canno
 Legend: B batch, C channels, T latent frames, H and W latent height and width.
 """
 
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sfpp_core.kv_cache import CacheShape, GradientKVCache, RollingKVCache
+from sfpp_core.kv_cache import CacheShape, GradientKVCache, KVCache, RollingKVCache
 from sfpp_core.noise import ChunkNoise
-from sfpp_core.rollout import rollout
-from sfpp_core.schedule import FewStepSchedule
+from sfpp_core.rollout import denoise_chunk, rollout
+from sfpp_core.schedule import FewStepSchedule, add_noise, clean_from_velocity
 from sfpp_core.student import BoundStudent
+
+BackwardNoise = Literal["rollout", "finished"]
+"""What the differentiated forward starts from, the two readings of Self-Forcing++'s equation 1.
+
+``rollout``: the noisy chunk the rollout itself has at that step, as at inference. ``finished``: the chunk is
+denoised to its end first, then noised to that step's sigma again (the paper's algorithm 1, by the letter).
+"""
+
+BEFORE = 2
+"""Chunks before a segment that are kept: what a decoder needs to show the segment's first latent frame."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +47,30 @@ class Segment:
     """Denoising step that keeps the gradient, the same in every chunk."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rolled:
+    """A segment as the student made it."""
+
+    clean: Tensor
+    """``(B, C, T, H, W)``, with a gradient if gradients are on."""
+
+    before: Tensor
+    """The latent frames right before it, at most ``BEFORE`` chunks, ``(B, C, t, H, W)``; none at the start of
+    a video. Without a gradient."""
+
+    old: int = 0
+    """Latent frames at the start of ``clean`` that an earlier update made, and that carry no gradient."""
+
+
 def draw_segment(
-    rng: np.random.Generator, *, horizon: int, chunks: int, at_zero: float, steps: int, last_step_only: bool
+    rng: np.random.Generator,
+    *,
+    horizon: int,
+    chunks: int,
+    at_zero: float,
+    steps: int,
+    last_step_only: bool,
+    beta: tuple[float, float] = (1.0, 1.0),
 ) -> Segment:
     """Draw a segment of ``chunks`` from a rollout of ``horizon`` chunks.
 
@@ -43,11 +78,15 @@ def draw_segment(
         rng: Source of the draw.
         horizon: Longest rollout, in chunks.
         chunks: Length of the segment, in chunks.
-        at_zero: Share of segments that start at 0; the others start anywhere, uniformly.
+        at_zero: Share of segments that start at 0; the others start anywhere.
         steps: Denoising steps of the student.
         last_step_only: Keep the gradient at the last step, as Self-Forcing++ does, instead of a random one.
+        beta: The Beta law of the others' place in the rollout: (1, 1) is uniform, (1, 2) prefers early ones.
     """
-    start = 0 if rng.random() < at_zero else int(rng.integers(horizon - chunks + 1))
+    if rng.random() < at_zero:
+        start = 0
+    else:
+        start = min(int(rng.beta(*beta) * (horizon - chunks + 1)), horizon - chunks)
     exit_step = steps - 1 if last_step_only else int(rng.integers(steps))
     return Segment(start=start, chunks=chunks, exit_step=exit_step)
 
@@ -61,8 +100,9 @@ def roll_segment(
     *,
     like: Tensor,
     dtype: torch.dtype,
-) -> Tensor:
-    """Return the clean segment, ``(B, C, T, H, W)``, with a gradient if gradients are on.
+    backward_noise: BackwardNoise = "rollout",
+) -> Rolled:
+    """Return the clean segment, with a gradient if gradients are on.
 
     Args:
         student: The student, bound to its prompts.
@@ -72,21 +112,66 @@ def roll_segment(
         segment: What to make.
         like: Tensor with the shape, device and dtype of one chunk.
         dtype: Dtype of the cache.
+        backward_noise: What the differentiated forward starts from.
     """
     ring = RollingKVCache(shape, batch=len(like), like=like.to(dtype))
+    before: deque[Tensor] = deque([like[:, :, :0]], maxlen=BEFORE)
     with torch.no_grad():
-        for _ in rollout(student, noise, schedule, ring, chunks=segment.start, like=like, keep_last=True):
-            pass
-    end = segment.start + segment.chunks
+        for clean in rollout(student, noise, schedule, ring, chunks=segment.start, like=like, keep_last=True):
+            before.append(clean)
     memory = GradientKVCache.continuing(ring) if torch.is_grad_enabled() else ring
-    made = rollout(
-        student,
-        noise,
-        schedule,
-        memory,
-        chunks=end,
-        like=like,
-        start=segment.start,
-        exit_step=segment.exit_step,
+    made = differentiable_chunks(
+        student, noise, schedule, memory, segment, like=like, backward_noise=backward_noise
     )
-    return torch.cat(list(made), dim=2)
+    return Rolled(clean=torch.cat(list(made), dim=2), before=torch.cat(list(before), dim=2))
+
+
+def differentiable_chunks(
+    student: BoundStudent,
+    noise: ChunkNoise,
+    schedule: FewStepSchedule,
+    memory: KVCache,
+    segment: Segment,
+    *,
+    like: Tensor,
+    backward_noise: BackwardNoise = "rollout",
+    keep_last: bool = False,
+) -> Iterator[Tensor]:
+    """Yield the clean chunks of ``segment``, each with the gradient of one forward if gradients are on.
+
+    Args:
+        student: The student, bound to its prompts.
+        noise: Source of all noise.
+        schedule: The student's noise levels.
+        memory: Memory that has closed every chunk before the segment.
+        segment: What to make.
+        like: Tensor with the shape, device and dtype of one chunk.
+        backward_noise: What the differentiated forward starts from.
+        keep_last: Remember the last chunk too, so that the memory can go on from it.
+    """
+    end, step = segment.start + segment.chunks, segment.exit_step
+    if backward_noise == "rollout":
+        yield from rollout(
+            student,
+            noise,
+            schedule,
+            memory,
+            chunks=end,
+            like=like,
+            start=segment.start,
+            exit_step=step,
+            keep_last=keep_last,
+        )
+        return
+    sigma = schedule.sigmas[step]
+    for chunk in range(segment.start, end):
+        memory.open(chunk)
+        with torch.no_grad():
+            finished = denoise_chunk(student, noise, schedule, memory, chunk=chunk, like=like)
+        # The step after the last: noise that the rollout has not used.
+        fresh = noise.draw(tuple(like.shape), chunk=chunk, step=len(schedule.sigmas), like=like)
+        noisy = add_noise(finished, fresh, sigma)
+        yield clean_from_velocity(noisy, student(noisy, sigma, memory), sigma)
+        if keep_last or chunk + 1 < end:
+            student.remember(finished, memory)
+            memory.close()

@@ -1,7 +1,6 @@
 """Stage 5 of the demo: distribution matching on the student's own rollouts.
 
-``horizon`` equal to ``segment`` is Self-Forcing; a longer horizon is Self-Forcing++. The teacher sees a
-segment from the middle of a rollout as it is: its first latent frame is not encoded again as a first frame.
+``horizon`` equal to ``segment`` is Self-Forcing; a longer horizon is Self-Forcing++.
 Run ``python -m training.train_dmd training/configs/demo_self_forcing.toml [key=value ...]``.
 
 Source: Self-Forcing, arXiv:2506.08009, algorithm 1; Self-Forcing++, arXiv:2510.02283, algorithm 1.
@@ -9,213 +8,146 @@ Source: Self-Forcing, arXiv:2506.08009, algorithm 1; Self-Forcing++, arXiv:2510.
 
 import logging
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from sfpp_core.attention import matmul
-from sfpp_core.config import RolloutSettings
 from sfpp_core.geometry import VideoGeometry
 from sfpp_core.kv_cache import CacheShape
 from sfpp_core.noise import ChunkNoise
-from sfpp_core.schedule import add_noise, clean_from_velocity
-from sfpp_core.student import CausalStudent
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
-from training.config import ConfigError, load
-from training.loop import LoopSettings, OptimiserSettings, Trained, run
-from training.losses import dmd_loss, velocity_loss
-from training.segments import Segment, draw_segment, roll_segment
+from training.config import load
+from training.dmd_settings import DmdSettings
+from training.first_latent import FirstLatent
+from training.loop import Trained, run
+from training.matching import Matching, RollOptions, Shown
+from training.scores import CausalScores, Levels, WholeScores
+from training.segments import BackwardNoise, Segment, draw_segment
 from training.sheets import roll_sheet
-from training.teacher import DemoModel, Guided, load_demo_model
-from training.train_teacher import warp_all
+from training.streaming import Stream, StreamLaw
+from training.teacher import load_demo_model
 from training.world import FRAMES, SIZE, caption, sample_scene
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DmdSettings:
-    """Settings of the distribution-matching stage."""
-
-    loop: LoopSettings
-    """Length and bookkeeping; an iteration is one update of the critic."""
-
-    student: OptimiserSettings
-    """How the student is updated."""
-
-    critic: OptimiserSettings
-    """How the critic is updated."""
-
-    teacher_run: str
-    """``last.pt`` of the teacher, which the critic starts from too."""
-
-    student_run: str
-    """``last.pt`` of the stage the student starts from."""
-
-    autoencoder: str
-    """Weights of the demo autoencoder, for the sample sheets."""
-
-    horizon: int = 21
-    """Longest rollout, in latent frames."""
-
-    segment: int = 21
-    """Latent frames the teacher scores: its own horizon."""
-
-    at_zero: float = 0.3
-    """Share of segments that start at the first latent frame."""
-
-    last_step_only: bool = False
-    """Keep the gradient at the last denoising step only, as Self-Forcing++ does."""
-
-    batch: int = 16
-    """Rollouts per update."""
-
-    every: int = 5
-    """Updates of the critic per update of the student."""
-
-    warmup: int = 40
-    """Updates of the critic before the first of the student."""
-
-    guidance: float = 1.5
-    """Guidance of the teacher, conventional scale: 1 is none."""
-
-    least_sigma: float = 0.43
-    """Least noise at which the teacher compares; lower ones over-sharpen."""
-
-    largest_sigma: float = 0.98
-    """Largest noise at which the teacher compares."""
-
-    rollout: RolloutSettings = field(default_factory=RolloutSettings)
-    """How the student is rolled out."""
-
-    def __post_init__(self) -> None:
-        for name in ("horizon", "segment"):
-            if getattr(self, name) % self.rollout.chunk:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be a multiple of the chunk.")
-        if self.horizon < self.segment:
-            raise ConfigError(f"horizon is {self.horizon}, shorter than the segment, {self.segment}.")
+def draw_captions(settings: DmdSettings, *key: int) -> tuple[list[str], np.random.Generator]:
+    """Return the captions of one batch of videos and a generator for the rest, functions of seed and key."""
+    rng = np.random.default_rng((settings.loop.seed, 4, *key))
+    return [caption(sample_scene(rng), rng) for _ in range(settings.batch)], rng
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What one iteration is made from: a function of the seed and the iteration."""
+class Rollouts:
+    """The segment of every iteration: of a rollout of its own, or the next of a stream."""
 
-    captions: list[str]
-    noise: ChunkNoise
-    segment: Segment
-    generator: torch.Generator
+    def __init__(self, settings: DmdSettings, roles: Matching, chunk: tuple[int, int, int]) -> None:
+        """Take the settings and the roles; ``chunk`` is ``(T, H, W)`` of one chunk."""
+        self.settings, self.roles, self.chunk = settings, roles, chunk
+        size = settings.rollout.chunk
+        law = StreamLaw(
+            horizon=settings.horizon // size,
+            chunks=settings.segment // size,
+            overlap=settings.overlap // size,
+        )
+        self.stream = Stream(law, roles.shape) if settings.streaming else None
 
-    @classmethod
-    def draw(cls, settings: DmdSettings, iteration: int) -> "Batch":
-        """Draw the batch of one iteration."""
-        rng = np.random.default_rng((settings.loop.seed, 4, iteration))
-        captions = [caption(sample_scene(rng), rng) for _ in range(settings.batch)]
-        chunk = settings.rollout.chunk
-        segment = draw_segment(
+    def next(self, iteration: int) -> tuple[Shown, torch.Generator]:
+        """Return the segment of one iteration, with a gradient if gradients are on, and a generator."""
+        captions, rng = draw_captions(self.settings, 0, iteration)
+        segment = self._segment(rng)
+        seeds = rng.integers(2**62, size=2).tolist()
+        if self.stream is None:
+            shown = self.roles.roll(captions, ChunkNoise(seeds[0]), segment, self.chunk)
+        else:
+            shown = self.roles.stream(self.stream, self._video, segment.exit_step, self.chunk)
+        return shown, torch.Generator().manual_seed(seeds[1])
+
+    def _segment(self, rng: np.random.Generator) -> Segment:
+        """Draw where the segment lies and which step keeps the gradient."""
+        settings, size = self.settings, self.settings.rollout.chunk
+        return draw_segment(
             rng,
-            horizon=settings.horizon // chunk,
-            chunks=settings.segment // chunk,
+            horizon=settings.horizon // size,
+            chunks=settings.segment // size,
             at_zero=settings.at_zero,
             steps=settings.rollout.steps,
             last_step_only=settings.last_step_only,
+            beta=(settings.beta[0], settings.beta[1]),
         )
-        seeds = rng.integers(2**62, size=2).tolist()
-        return cls(captions, ChunkNoise(seeds[0]), segment, torch.Generator().manual_seed(seeds[1]))
+
+    def _video(self, number: int) -> tuple[list[str], int]:
+        """Return captions and seed of the stream's video of this number."""
+        captions, rng = draw_captions(self.settings, 1, number)
+        return captions, int(rng.integers(2**62))
 
 
-class Matching:
-    """Student, teacher and critic, and the two losses between them."""
-
-    def __init__(self, settings: DmdSettings, device: torch.device) -> None:
-        """Load the three roles."""
-        self.settings, self.device = settings, device
-        self.student = load_demo_model(Path(settings.student_run)).to(device)
-        self.teacher = load_demo_model(Path(settings.teacher_run)).to(device).requires_grad_(False)
-        self.critic = load_demo_model(Path(settings.teacher_run)).to(device)
-        rollout = settings.rollout
-        self.schedule = rollout.schedule()
-        self.geometry = VideoGeometry(height=SIZE, width=SIZE, frames=FRAMES, chunk=rollout.chunk)
-        self.shape = CacheShape.of(self.student.config, self.geometry, rollout)
-
-    def roll(self, batch: Batch) -> Tensor:
-        """Return the student's segment, with a gradient if gradients are on."""
-        model = self.student
-        student = CausalStudent(model.network, model.config, attend=matmul, dtype=torch.bfloat16)
-        like = torch.empty(
-            len(batch.captions), model.config.channels, *self.geometry.chunk_shape, device=self.device
-        )
-        with torch.autocast(self.device.type, torch.bfloat16):
-            bound = student.bind(model.words(batch.captions))
-            return roll_segment(
-                bound, batch.noise, self.schedule, self.shape, batch.segment, like=like, dtype=torch.bfloat16
-            )
-
-    def noised(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ``clean`` at a random noise level, the level ``(B, 1)`` and the noise."""
-        settings = self.settings
-        sigma = warp_all(torch.rand(len(clean), 1, generator=generator), settings.rollout.shift)
-        sigma = sigma.clamp(settings.least_sigma, settings.largest_sigma).to(self.device)
-        noise = torch.randn(clean.shape, generator=generator).to(self.device)
-        return add_noise(clean.detach(), noise, sigma[:, :, None, None, None]), sigma, noise
-
-    def critic_loss(self, clean: Tensor, batch: Batch) -> Tensor:
-        """Return the flow-matching error of the critic on the student's segment."""
-        noisy, sigma, noise = self.noised(clean, batch.generator)
-        return velocity_loss(self._velocity(self.critic, noisy, sigma, batch.captions), clean.detach(), noise)
-
-    def student_loss(self, clean: Tensor, batch: Batch) -> Tensor:
-        """Return the distribution-matching loss of the student's segment."""
-        noisy, sigma, _ = self.noised(clean, batch.generator)
-        level = sigma[:, :, None, None, None]
-        with torch.no_grad():
-            guidance = self.settings.guidance
-            real, fake = (
-                clean_from_velocity(noisy, self._velocity(model, noisy, sigma, batch.captions, scale), level)
-                for model, scale in ((self.teacher, guidance), (self.critic, 1.0))
-            )
-        return dmd_loss(clean, real, fake)
-
-    def _velocity(
-        self, model: DemoModel, noisy: Tensor, sigma: Tensor, captions: Sequence[str], guidance: float = 1.0
-    ) -> Tensor:
-        """Return the velocity of a bidirectional role."""
-        with torch.autocast(self.device.type, torch.bfloat16):
-            return Guided(model, captions, guidance=guidance)(noisy, sigma)
+def load_roles(settings: DmdSettings, autoencoder: TinyAutoencoder, device: torch.device) -> Matching:
+    """Load student, teacher and critic."""
+    student = load_demo_model(Path(settings.student_run)).to(device)
+    teacher = load_demo_model(Path(settings.teacher_run)).to(device, torch.bfloat16).requires_grad_(False)
+    critic = load_demo_model(Path(settings.teacher_run)).to(device)
+    geometry = VideoGeometry(height=SIZE, width=SIZE, frames=FRAMES, chunk=settings.rollout.chunk)
+    levels = Levels(shift=settings.rollout.shift, least=settings.least_sigma, largest=settings.largest_sigma)
+    asked = CacheShape.of(teacher.config, geometry, settings.rollout)
+    return Matching(
+        student,
+        teacher,
+        critic,
+        scores=CausalScores(levels, asked, opening=settings.opening)
+        if settings.scores == "causal"
+        else WholeScores(levels),
+        schedule=settings.rollout.schedule(),
+        shape=CacheShape.of(student.config, geometry, settings.rollout),
+        options=RollOptions(
+            backward_noise=cast(BackwardNoise, settings.backward_noise),
+            first_latent=cast(FirstLatent, settings.first_latent),
+            masked=settings.masked,
+            checkpointing=settings.checkpointing,
+        ),
+        autoencoder=autoencoder,
+        guidance=settings.guidance,
+    )
 
 
 def main(settings: DmdSettings) -> None:
     """Train the student against the teacher, and the critic against the student."""
     device = settings.loop.pick_device()
-    roles = Matching(settings, device)
     autoencoder = TinyAutoencoder.load(Path(settings.autoencoder)).to(device)
+    roles = load_roles(settings, autoencoder, device)
+    geometry = VideoGeometry(height=SIZE, width=SIZE, frames=FRAMES, chunk=settings.rollout.chunk)
+    rollouts = Rollouts(settings, roles, geometry.chunk_shape)
     updates = settings.loop.iterations
-    student = Trained(
-        roles.student, settings.student, updates=max(1, (updates - settings.warmup) // settings.every)
-    )
-    critic = Trained(roles.critic, settings.critic, updates=updates)
-    seen = {"dmd": float("nan")}
+    moves = max(1, (updates - settings.warmup) // settings.every)
+    student = Trained(roles.student, settings.student, updates=moves)
+    repeats = settings.critic_updates
+    critic = Trained(cast(torch.nn.Module, roles.critic), settings.critic, updates=updates * repeats)
+    seen = {"critic": float("nan"), "dmd": float("nan")}
 
     def step(iteration: int) -> dict[str, float]:
-        batch = Batch.draw(settings, iteration)
-        past_warmup = iteration - settings.warmup
-        moves = past_warmup >= 0 and past_warmup % settings.every == 0
-        with torch.set_grad_enabled(moves):
-            clean = roles.roll(batch)
-        if moves:
-            loss = roles.student_loss(clean, batch)
+        move, rest = divmod(iteration - settings.warmup, settings.every)
+        moving = move >= 0 and rest == 0
+        with torch.set_grad_enabled(moving):
+            shown, generator = rollouts.next(iteration)
+        if moving:
+            loss = roles.student_loss(shown, generator)
             seen["dmd"] = loss.item()
-            seen["norm"] = student.update(loss, past_warmup // settings.every)
+            seen["norm"] = student.update(loss, move)
+            if move < settings.ema_start:
+                student.averaged.load_state_dict(student.module.state_dict())
         # The critic learns on the same rollout: one less to make.
-        loss = roles.critic_loss(clean, batch)
-        critic.update(loss, iteration)
-        return {"critic": loss.item(), **seen}
+        for repeat in range(repeats):
+            loss = roles.critic_loss(shown, generator)
+            critic.update(loss, iteration * repeats + repeat)
+            seen["critic"] = loss.item()
+        return {**seen}
 
     def sample(path: Path) -> None:
         roll_sheet(student.averaged, autoencoder, settings.rollout, path, device=device)
 
-    run(settings.loop, {"model": student, "critic": critic}, step, sample, recipe=settings)
+    parts: dict[str, Any] = {"model": student, "critic": critic}
+    if rollouts.stream is not None:
+        parts["stream"] = rollouts.stream
+    run(settings.loop, parts, step, sample, recipe=settings)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,315 @@
+"""Distribution matching: what teacher and critic are shown and asked, streams, and the stage itself."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from sfpp_core.config import StudentConfig
+from sfpp_core.kv_cache import CacheShape, RollingKVCache
+from sfpp_core.noise import ChunkNoise
+from sfpp_core.rollout import rollout
+from sfpp_core.schedule import FewStepSchedule
+from sfpp_core.student import CausalStudent, causal_mask
+from sfpp_core.tiny_autoencoder import AutoencoderConfig, TinyAutoencoder
+from training import train_dmd
+from training.config import ConfigError, load
+from training.first_latent import as_clip
+from training.losses import guide
+from training.scores import CausalScores, Levels, Noised, WholeScores
+from training.segments import Rolled
+from training.streaming import Stream, StreamLaw
+from training.teacher import DemoModel
+from training.train_dmd import DmdSettings, Rollouts, load_roles, main
+
+CONFIGS = Path(__file__).parent.parent / "training" / "configs"
+LEVELS = Levels(shift=5.0, least=0.43, largest=0.98)
+SCHEDULE = FewStepSchedule.uniform(4)
+SHAPE = CacheShape(
+    layers=tiny.CONFIG.layers,
+    heads=tiny.CONFIG.heads,
+    head_dim=tiny.CONFIG.head_dim,
+    tokens_per_chunk=18,
+    latent_frames_per_chunk=3,
+    window=7,
+)
+TEXTS = {"red": 3, "blue": 4, "": 5}
+
+
+class Role:
+    """A tiny model with a made-up text embedding per prompt."""
+
+    def __init__(self):
+        self.net = tiny.network()
+
+    def bind(self, prompts, *, dtype=None):
+        embeddings = torch.cat([tiny.text(seed=TEXTS[prompt]) for prompt in prompts])
+        return CausalStudent(self.net, tiny.CONFIG).bind(embeddings)
+
+
+CAPTIONS = ["red", "blue"]
+
+
+@torch.no_grad()
+def test_a_causal_score_of_a_chunk_knows_the_clean_past_and_nothing_later():
+    scores, role, clean = CausalScores(LEVELS, SHAPE), Role(), tiny.latents(3, batch=2)
+    at = scores.noised(clean, torch.Generator().manual_seed(0))
+    before = scores.velocity(role, at, CAPTIONS)
+    # Chunk 2 given chunks 0 and 1, in one forward under the causal mask: clean past, noisy last chunk.
+    seen = torch.cat((clean[:, :, :6], at.noisy[:, :, 6:]), dim=2)
+    sigma = at.sigma.flatten().clone()
+    sigma[:6] = 0
+    mask = causal_mask(9, 6, chunk=3, window=21)
+    whole = role.bind(CAPTIONS).whole(seen, sigma[None], mask=mask)
+    torch.testing.assert_close(before[:, :, 6:], whole[:, :, 6:], rtol=1e-4, atol=1e-5)
+    other = clean.clone()
+    other[:, :, 6:] += 1
+    changed = scores.velocity(role, replace(at, clean=other), CAPTIONS)
+    torch.testing.assert_close(changed, before, rtol=0, atol=0)
+
+
+def test_every_chunk_has_a_sigma_of_its_own_and_every_clip_of_a_bidirectional_batch():
+    clean, generator = tiny.latents(7, batch=2), torch.Generator().manual_seed(0)
+    causal = CausalScores(LEVELS, SHAPE).noised(clean, generator).sigma
+    assert causal.shape == (1, 1, 21, 1, 1)
+    chunks = causal.flatten().view(7, 3)
+    assert torch.equal(chunks, chunks[:, :1].expand(7, 3))
+    assert len(chunks[:, 0].unique()) > 3
+    whole = WholeScores(LEVELS).noised(clean, generator).sigma
+    assert whole.shape == (2, 1, 1, 1, 1)
+    assert all(0.43 <= sigma <= 0.98 for sigma in (*causal.flatten(), *whole.flatten()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["causal", "bidirectional"])
+def test_guidance_is_the_conventional_scale(kind):
+    scores = CausalScores(LEVELS, SHAPE) if kind == "causal" else WholeScores(LEVELS)
+    role, clean = Role(), tiny.latents(2, batch=2)
+    at = scores.noised(clean, torch.Generator().manual_seed(0))
+    plain, empty = scores.velocity(role, at, CAPTIONS), scores.velocity(role, at, ["", ""])
+    guided = scores.velocity(role, at, CAPTIONS, 4.0)
+    torch.testing.assert_close(guided, guide(plain, empty, 4.0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(guided, plain + 3 * (plain - empty), rtol=1e-3, atol=1e-4)
+
+
+def test_the_noised_copy_carries_no_gradient_and_the_velocity_does():
+    role = Role()
+    role.net.requires_grad_(True)
+    clean = tiny.latents(2, batch=2).requires_grad_(True)
+    scores = CausalScores(LEVELS, SHAPE)
+    at = scores.noised(clean, torch.Generator().manual_seed(0))
+    assert isinstance(at, Noised)
+    assert not at.noisy.requires_grad
+    scores.velocity(role, at, CAPTIONS).square().mean().backward()
+    assert clean.grad is None
+    assert all(parameter.grad is not None for parameter in role.net.parameters())
+
+
+def autoencoder():
+    torch.manual_seed(0)
+    net = TinyAutoencoder(AutoencoderConfig())
+    return net.eval().requires_grad_(False)
+
+
+CLEAN = torch.randn(1, 16, 6, 8, 8)
+BEFORE = torch.randn(1, 16, 6, 8, 8)
+
+
+def test_a_segment_from_the_start_of_a_video_is_a_clip_already():
+    rolled = Rolled(clean=CLEAN, before=CLEAN[:, :, :0])
+    for handling in ("keep", "mask", "reencode"):
+        clean, mask = as_clip(rolled, handling, autoencoder(), masked=3)
+        assert clean is CLEAN
+        assert mask is None
+
+
+def test_a_later_segment_is_kept_masked_or_begins_with_a_picture():
+    rolled = Rolled(clean=CLEAN.clone().requires_grad_(True), before=BEFORE)
+    pictures = autoencoder()
+    clean, mask = as_clip(rolled, "keep", pictures, masked=3)
+    assert clean is rolled.clean
+    assert mask is None
+    clean, mask = as_clip(rolled, "mask", pictures, masked=3)
+    assert mask.flatten().tolist() == [0, 0, 0, 1, 1, 1]
+    clean, mask = as_clip(rolled, "reencode", pictures, masked=1)
+    assert mask.flatten().tolist() == [0, 1, 1, 1, 1, 1]
+    torch.testing.assert_close(clean[:, :, 1:], CLEAN[:, :, 1:], rtol=0, atol=0)
+    frame = pictures.decode(torch.cat((BEFORE, CLEAN[:, :, :1]), dim=2))[:, -1:]
+    torch.testing.assert_close(clean[:, :, :1], pictures.encode(frame))
+    clean.sum().backward()
+    assert rolled.clean.grad[:, :, 0].abs().max() == 0
+
+
+def test_two_chunks_before_are_enough_to_show_a_latent_frame():
+    """The decoder's memory reaches no further back than what is kept before a segment."""
+    pictures, video = autoencoder(), torch.randn(1, 16, 13, 8, 8)
+    whole = pictures.decode(video)[:, -1]
+    pictures.reset()
+    short = pictures.decode(video[:, :, -7:])[:, -1]
+    torch.testing.assert_close(short, whole, rtol=1e-4, atol=1e-5)
+
+
+def start(number):
+    return ["red", "blue"], 5 + number
+
+
+def stream_segments(stream, turns, *, exit_step=3):
+    """Return the next segments of a stream, as the tiny role rolls them."""
+    role, like, made = Role(), torch.zeros(2, 16, 3, 4, 6), []
+    for _ in range(turns):
+        bound = role.bind(stream.turn(start))
+        made.append(stream.roll(bound, SCHEDULE, exit_step=exit_step, like=like))
+    return made
+
+
+LAW = StreamLaw(horizon=9, chunks=3, overlap=1)
+
+
+@torch.no_grad()
+def test_a_stream_is_one_rollout_in_overlapping_segments():
+    shape = replace(SHAPE, window=3)
+    made = stream_segments(Stream(LAW, shape), 5)
+    like = torch.zeros(2, 16, 3, 4, 6)
+    cache = RollingKVCache(shape, batch=2, like=like)
+    chunks = rollout(Role().bind(CAPTIONS), ChunkNoise(5), SCHEDULE, cache, chunks=9, like=like)
+    whole = torch.cat(list(chunks), dim=2)
+    for turn, rolled in enumerate(made[:4]):
+        expected = whole[:, :, 6 * turn : 6 * turn + 9]
+        torch.testing.assert_close(rolled.clean, expected, rtol=1e-4, atol=1e-5)
+        first = max(0, 6 * turn - 6)
+        torch.testing.assert_close(rolled.before, whole[:, :, first : 6 * turn], rtol=1e-4, atol=1e-5)
+        assert rolled.old == (3 if turn else 0)
+    # The next stretch would pass the horizon: another video, of another seed, from its start.
+    assert made[4].before.shape[2] == 0
+    assert (made[4].clean - made[0].clean).abs().max() > 0.1
+
+
+def test_only_what_is_new_in_a_stream_has_a_gradient():
+    shape = replace(SHAPE, window=3)
+    stream, role = Stream(LAW, shape), Role()
+    role.net.requires_grad_(True)
+    like = torch.zeros(2, 16, 3, 4, 6)
+    with torch.no_grad():
+        stream.roll(role.bind(stream.turn(start)), SCHEDULE, exit_step=3, like=like)
+    rolled = stream.roll(role.bind(stream.turn(start)), SCHEDULE, exit_step=3, like=like)
+    old = torch.autograd.grad(rolled.clean[:, :, :3].sum(), list(role.net.parameters()), retain_graph=True)
+    assert all(grad.abs().max() == 0 for grad in old)
+    new = torch.autograd.grad(rolled.clean[:, :, 3:].sum(), list(role.net.parameters()))
+    assert all(grad.abs().max() > 0 for grad in new)
+    _, mask = as_clip(rolled, "keep", autoencoder(), masked=3)
+    assert mask.flatten().tolist() == [0] * 3 + [1] * 6
+
+
+@torch.no_grad()
+def test_a_stream_goes_on_after_a_kill_as_if_nothing_had_happened(tmp_path):
+    whole = stream_segments(Stream(LAW, SHAPE), 4)
+    first = Stream(LAW, SHAPE)
+    stream_segments(first, 2)
+    torch.save(first.state_dict(), tmp_path / "stream.pt")
+    second = Stream(LAW, SHAPE)
+    second.load_state_dict(torch.load(tmp_path / "stream.pt", weights_only=True))
+    for expected, rolled in zip(whole[2:], stream_segments(second, 2), strict=True):
+        torch.testing.assert_close(rolled.clean, expected.clean, rtol=0, atol=0)
+        torch.testing.assert_close(rolled.before, expected.before, rtol=0, atol=0)
+
+
+SMALL = StudentConfig(dim=32, ffn_dim=32, heads=2, layers=1, text_dim=8, text_length=16)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Return the folder of a model as a stage leaves it."""
+    folder = tmp_path_factory.mktemp("runs")
+    model = DemoModel(StudentConfig(dim=128, ffn_dim=32, heads=1, layers=1, text_dim=8, text_length=16))
+    nn.init.normal_(model.network.head.head.weight, std=0.05)
+    averaged = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"model": {"averaged": averaged}}, folder / "last.pt")
+    return folder / "last.pt"
+
+
+def settings_of(runs, out, *overrides):
+    """Return the shipped settings with small sizes."""
+    autoencoder().save(out / "autoencoder.safetensors")
+    roles = [f"teacher_run={runs}", f"student_run={runs}", f"autoencoder={out / 'autoencoder.safetensors'}"]
+    sizes = [f"loop.out={out}", "batch=2", "segment=6", "horizon=12", "warmup=1", "every=2"]
+    config = str(CONFIGS / "demo_self_forcing.toml")
+    return load(DmdSettings, [config, *roles, *sizes, *overrides], stage="train_dmd")
+
+
+@pytest.fixture
+def without_sheets(monkeypatch):
+    """Leave out the sample sheets, twenty seconds of video per run; test_stages draws them."""
+    monkeypatch.setattr(train_dmd, "roll_sheet", lambda *_, **__: None)
+
+
+VARIANTS = {
+    "self-forcing": ["horizon=6"],
+    "streaming": ["streaming=true", "critic_updates=2", "overlap=3", "first_latent=mask"],
+    "literal": ["backward_noise=finished", "first_latent=reencode", "last_step_only=true", "beta=[1, 2]"],
+    "bidirectional": ["scores=bidirectional", "checkpointing=true", "at_zero=0"],
+}
+
+
+@pytest.mark.usefixtures("without_sheets")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ten_updates_equal_four_and_a_kill_and_six(runs, tmp_path, variant):
+    states = []
+    for name, stops in (("whole", [10]), ("parts", [4, 10])):
+        (tmp_path / name).mkdir()
+        for stop in stops:
+            # A run of 4 that goes on to 10 has the rates of its own length, so the rate must not fall.
+            rates = ["student.hold=1.0", "critic.hold=1.0", f"loop.iterations={stop}"]
+            main(settings_of(runs, tmp_path / name, *VARIANTS[variant], *rates))
+        states.append(torch.load(tmp_path / name / "last.pt", weights_only=True))
+    for part in ("model", "critic"):
+        for key, value in states[0][part]["module"].items():
+            torch.testing.assert_close(value, states[1][part]["module"][key], rtol=0, atol=0)
+    start = torch.load(runs, weights_only=True)["model"]["averaged"]
+    moved = [(states[0]["model"]["module"][name[7:]] - value).abs().max() for name, value in start.items()]
+    assert max(moved) > 0
+
+
+def test_the_segment_is_a_function_of_seed_and_iteration(runs, tmp_path):
+    settings = settings_of(runs, tmp_path)
+    roles = load_roles(settings, autoencoder(), torch.device("cpu"))
+    chunk = (3, 8, 8)
+    with torch.no_grad():
+        one, again, other = (Rollouts(settings, roles, chunk).next(number)[0] for number in (3, 3, 4))
+    torch.testing.assert_close(one.clean, again.clean, rtol=0, atol=0)
+    assert one.captions == again.captions
+    assert (one.clean - other.clean).abs().max() > 0.01
+
+
+@pytest.mark.usefixtures("without_sheets")
+def test_the_average_begins_when_it_is_told_to(runs, tmp_path):
+    for name, start in (("early", 0), ("late", 9)):
+        (tmp_path / name).mkdir()
+        main(settings_of(runs, tmp_path / name, f"ema_start={start}", "loop.iterations=5"))
+    early, late = (
+        torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("early", "late")
+    )
+    for key, value in late["module"].items():
+        torch.testing.assert_close(late["averaged"][f"module.{key}"], value, rtol=0, atol=0)
+    assert any(
+        (early["averaged"][f"module.{key}"] - value).abs().max() > 0 for key, value in early["module"].items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("scores=acausal", "scores is 'acausal'; use one of causal, bidirectional"),
+        ("backward_noise=x", "use one of rollout, finished"),
+        ("first_latent=drop", "use one of keep, mask, reencode"),
+        ("horizon=20", "horizon is 20; it must be a multiple of the chunk"),
+        ("horizon=3", "horizon is 3, shorter than the segment, 6"),
+        ("overlap=6", "overlap is 6; it must be below the segment, 6"),
+        ("beta=[1]", "beta is \\[1\\]; it must be two numbers above 0"),
+    ],
+)
+def test_impossible_settings_are_refused(runs, tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message):
+        settings_of(runs, tmp_path, override)

@@ -1,0 +1,124 @@
+"""Settings of distribution matching: Self-Forcing, Self-Forcing++ and the streaming mode."""
+
+from dataclasses import dataclass, field
+from typing import get_args
+
+from sfpp_core.config import RolloutSettings
+from training.config import ConfigError
+from training.first_latent import FirstLatent
+from training.loop import LoopSettings, OptimiserSettings
+from training.segments import BackwardNoise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DmdSettings:
+    """Settings of the distribution-matching stage."""
+
+    loop: LoopSettings
+    """Length and bookkeeping; an iteration is one rollout."""
+
+    student: OptimiserSettings
+    """How the student is updated."""
+
+    critic: OptimiserSettings
+    """How the critic is updated."""
+
+    teacher_run: str
+    """``last.pt`` of the teacher, which the critic starts from too."""
+
+    student_run: str
+    """``last.pt`` of the stage the student starts from."""
+
+    autoencoder: str
+    """Weights of the demo autoencoder: for the sample sheets, and to encode a first latent frame again."""
+
+    scores: str = "causal"
+    """``causal``: teacher and critic judge each chunk given the segment's chunks before it.
+    ``bidirectional``: they judge the segment as a whole."""
+
+    opening: float = 1.0
+    """How much a segment's first chunk counts against each other, for causal scores: it alone is judged
+    without a past, so it alone tells a drifted exposure from a right one."""
+
+    horizon: int = 21
+    """Longest rollout, in latent frames."""
+
+    segment: int = 21
+    """Latent frames the teacher scores: its own horizon."""
+
+    streaming: bool = False
+    """Go on with one rollout from update to update, instead of beginning another in each."""
+
+    overlap: int = 3
+    """Latent frames a streamed segment shares with the one before; the others are new."""
+
+    at_zero: float = 0.3
+    """Share of segments that start at the first latent frame; not for streaming."""
+
+    beta: tuple[float, ...] = (1.0, 1.0)
+    """Beta law of where the other segments start: (1, 1) is uniform, (1, 2) prefers early; not for
+    streaming."""
+
+    last_step_only: bool = False
+    """Keep the gradient at the last denoising step only, as Self-Forcing++ does, instead of a random one."""
+
+    backward_noise: str = "rollout"
+    """What the differentiated step starts from: the ``rollout``'s own noisy chunk, or the ``finished`` chunk
+    noised again."""
+
+    first_latent: str = "keep"
+    """A segment from the middle of a video has no picture as its first latent frame: ``keep`` it as it is,
+    ``mask`` its loss, or ``reencode`` the frame as a picture and mask."""
+
+    masked: int = 3
+    """Latent frames at the start of such a segment that have no loss, unless they are kept."""
+
+    batch: int = 16
+    """Rollouts per update."""
+
+    every: int = 5
+    """Iterations per update of the student; the critic moves in each."""
+
+    warmup: int = 40
+    """Iterations before the first update of the student."""
+
+    critic_updates: int = 1
+    """Updates of the critic per iteration: each noises the same segment anew. The longer the horizon, the
+    less they cost beside the rollout."""
+
+    ema_start: int = 0
+    """Updates of the student before its average begins; until then the average is the student itself."""
+
+    guidance: float = 1.5
+    """Guidance of the teacher, conventional scale: 1 is none."""
+
+    least_sigma: float = 0.43
+    """Least noise at which the teacher compares; lower ones over-sharpen."""
+
+    largest_sigma: float = 0.98
+    """Largest noise at which the teacher compares."""
+
+    checkpointing: bool = False
+    """Recompute each layer in backward instead of keeping its activations."""
+
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    """How the student is rolled out."""
+
+    def __post_init__(self) -> None:
+        kinds = {
+            "scores": ("causal", "bidirectional"),
+            "backward_noise": get_args(BackwardNoise),
+            "first_latent": get_args(FirstLatent),
+        }
+        for name, known in kinds.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(known)}.")
+        for name in ("horizon", "segment", "overlap"):
+            if getattr(self, name) % self.rollout.chunk:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be a multiple of the chunk.")
+        if self.horizon < self.segment:
+            raise ConfigError(f"horizon is {self.horizon}, shorter than the segment, {self.segment}.")
+        if not 0 <= self.overlap < self.segment:
+            raise ConfigError(f"overlap is {self.overlap}; it must be below the segment, {self.segment}.")
+        if len(self.beta) != 2 or min(self.beta) <= 0:
+            raise ConfigError(f"beta is {list(self.beta)}; it must be two numbers above 0, e.g. [1, 1].")

@@ -1,0 +1,159 @@
+"""Student, teacher and critic of distribution matching, and the two losses between them.
+
+Weights that are trained are float32, what is computed with them bfloat16: a learning rate of 2e-6 is below
+the resolution of a bfloat16 weight. The teacher is bfloat16 throughout.
+
+Legend: B clips, C channels, T latent frames, H and W latent height and width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sfpp_core.attention import matmul
+from sfpp_core.kv_cache import CacheShape
+from sfpp_core.noise import ChunkNoise
+from sfpp_core.schedule import FewStepSchedule
+from sfpp_core.student import BoundStudent, CausalStudent
+from training.first_latent import FirstLatent, Pictures, as_clip
+from training.losses import dmd_loss, velocity_loss
+from training.scores import Role, Scores, estimate
+from training.segments import BackwardNoise, Rolled, Segment, roll_segment
+from training.streaming import Start, Stream
+from training.teacher import DemoModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RollOptions:
+    """How a segment is made and shown to the teacher."""
+
+    backward_noise: BackwardNoise
+    first_latent: FirstLatent
+    masked: int
+    """Latent frames at the start of a segment from the middle of a video on which there is no loss."""
+
+    checkpointing: bool
+    """Recompute each layer in backward instead of keeping its activations."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """A segment as teacher and critic see it."""
+
+    clean: Tensor
+    """``(B, C, T, H, W)``, with a gradient if gradients are on."""
+
+    mask: Tensor | None
+    """Where the student's loss counts, see ``losses.dmd_loss``."""
+
+    captions: Sequence[str]
+
+
+class Matching:
+    """The student's segments, and what teacher and critic make of them."""
+
+    def __init__(
+        self,
+        student: DemoModel,
+        teacher: Role,
+        critic: Role,
+        *,
+        scores: Scores,
+        schedule: FewStepSchedule,
+        shape: CacheShape,
+        options: RollOptions,
+        autoencoder: Pictures,
+        guidance: float,
+    ) -> None:
+        """Take the three roles.
+
+        Args:
+            student: What is rolled out.
+            teacher: Frozen; computes in the dtype of its weights.
+            critic: Learns the student's distribution.
+            scores: How teacher and critic are asked.
+            schedule: The student's noise levels.
+            shape: Size of its cache.
+            options: How a segment is made and shown.
+            autoencoder: Of the latents.
+            guidance: Of the teacher, conventional scale.
+        """
+        self.student, self.teacher, self.critic = student, teacher, critic
+        self.scores, self.schedule, self.shape, self.options = scores, schedule, shape, options
+        self.autoencoder, self.guidance = autoencoder, guidance
+        self.device = next(student.parameters()).device
+
+    def roll(
+        self, captions: Sequence[str], noise: ChunkNoise, segment: Segment, chunk: tuple[int, int, int]
+    ) -> Shown:
+        """Return one segment of a new rollout; ``chunk`` is ``(T, H, W)`` of one chunk."""
+        with torch.autocast(self.device.type, torch.bfloat16):
+            rolled = roll_segment(
+                self.bound(captions),
+                noise,
+                self.schedule,
+                self.shape,
+                segment,
+                like=self._like(captions, chunk),
+                dtype=torch.bfloat16,
+                backward_noise=self.options.backward_noise,
+            )
+        return self._shown(rolled, captions)
+
+    def stream(self, stream: Stream, start: Start, exit_step: int, chunk: tuple[int, int, int]) -> Shown:
+        """Return the next segment of ``stream``; ``chunk`` is ``(T, H, W)`` of one chunk."""
+        captions = stream.turn(start)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            rolled = stream.roll(
+                self.bound(captions),
+                self.schedule,
+                exit_step=exit_step,
+                like=self._like(captions, chunk),
+                backward_noise=self.options.backward_noise,
+            )
+        return self._shown(rolled, captions)
+
+    def critic_loss(self, shown: Shown, generator: torch.Generator) -> Tensor:
+        """Return the flow-matching error of the critic on the student's segment."""
+        at = self.scores.noised(shown.clean, generator)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            velocity = self.scores.velocity(self.critic, at, shown.captions)
+        return velocity_loss(velocity, at.clean, at.noise, self.scores.weights(at.clean))
+
+    def student_loss(self, shown: Shown, generator: torch.Generator) -> Tensor:
+        """Return the distribution-matching loss of the student's segment."""
+        at = self.scores.noised(shown.clean, generator)
+        with torch.no_grad():
+            real = estimate(self.scores, self.teacher, at, shown.captions, self.guidance)
+            with torch.autocast(self.device.type, torch.bfloat16):
+                fake = estimate(self.scores, self.critic, at, shown.captions, 1.0)
+        pieces, mask, weights = self.scores.pieces, shown.mask, self.scores.weights(shown.clean)
+        if weights is not None:
+            mask = weights if mask is None else weights * mask
+        if mask is not None:
+            mask = pieces(mask.expand(len(shown.clean), -1, -1, -1, -1))
+        return dmd_loss(pieces(shown.clean), pieces(real), pieces(fake), mask)
+
+    def bound(self, captions: Sequence[str]) -> BoundStudent:
+        """Return the student, bound to ``captions``."""
+        model = self.student
+        student = CausalStudent(
+            model.network,
+            model.config,
+            attend=matmul,
+            dtype=torch.bfloat16,
+            checkpointing=self.options.checkpointing,
+        )
+        return student.bind(model.words(captions))
+
+    def _like(self, captions: Sequence[str], chunk: tuple[int, int, int]) -> Tensor:
+        """Return a tensor like one chunk of latents."""
+        return torch.empty(len(captions), self.student.config.channels, *chunk, device=self.device)
+
+    def _shown(self, rolled: Rolled, captions: Sequence[str]) -> Shown:
+        """Return ``rolled`` as teacher and critic shall see it."""
+        options = self.options
+        clean, mask = as_clip(rolled, options.first_latent, self.autoencoder, masked=options.masked)
+        return Shown(clean=clean, mask=mask, captions=captions)

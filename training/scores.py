@@ -1,0 +1,186 @@
+"""What the teacher and the critic say about a segment, each from the same noised copy of it.
+
+Two kinds of score. Bidirectional: the whole segment at one sigma, as a clip of its own. Causal: each chunk at
+a sigma of its own, given the student's own clean chunks before it in the segment. The divergence of two
+causal models is a sum over chunks of what they disagree on given the same past, so the sum of these scores is
+one of the whole segment; the past itself is data here, as in the rollout.
+
+Either way positions start at 0 and nothing outside the segment is seen: the teacher judges what it knows, its
+own horizon.
+
+Legend: B clips, C channels, T latent frames, H and W latent height and width, P pieces of one sigma each: 1,
+or the chunks of the segment.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sfpp_core.kv_cache import CacheShape
+from sfpp_core.schedule import add_noise, clean_from_velocity, warp
+from sfpp_core.student import BoundStudent
+from training.forcing import forced_estimates, spread_sigmas
+from training.losses import guide
+
+
+class Role(Protocol):
+    """A model that can be asked about captions: teacher or critic."""
+
+    def bind(self, prompts: Sequence[str], *, dtype: torch.dtype | None = None) -> BoundStudent:
+        """Return its velocity model for ``prompts``, one per clip."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Levels:
+    """The law of the noise levels at which teacher and critic are asked: uniform, warped, clamped."""
+
+    shift: float
+    """Timestep shift; 5 in Self-Forcing."""
+
+    least: float
+    """Least sigma; 0.02 in Self-Forcing. Higher ones sharpen less."""
+
+    largest: float
+    """Largest sigma; 0.98 in Self-Forcing."""
+
+    def of(self, uniform: float) -> float:
+        """Return the sigma of a number drawn evenly from (0, 1)."""
+        return min(max(warp(uniform, self.shift), self.least), self.largest)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Noised:
+    """A segment at random noise levels, without a gradient."""
+
+    noisy: Tensor
+    """``(B, C, T, H, W)``."""
+
+    sigma: Tensor
+    """``(B, 1, T, 1, 1)``; B and T may be 1."""
+
+    noise: Tensor
+    """``(B, C, T, H, W)``."""
+
+    clean: Tensor
+    """What was noised."""
+
+
+class Scores(Protocol):
+    """How teacher and critic are asked about a segment."""
+
+    def noised(self, clean: Tensor, generator: torch.Generator) -> Noised:
+        """Return ``clean`` ``(B, C, T, H, W)`` at random noise levels."""
+        ...
+
+    def velocity(self, role: Role, at: Noised, captions: Sequence[str], guidance: float = 1.0) -> Tensor:
+        """Return the velocity of ``role``, ``(B, C, T, H, W)``; guidance is the conventional scale."""
+        ...
+
+    def pieces(self, x: Tensor) -> Tensor:
+        """Return ``(B, C, T, H, W)`` cut into what has one sigma, ``(B * P, C, T / P, H, W)``."""
+        ...
+
+    def weights(self, clean: Tensor) -> Tensor | None:
+        """Return how much each latent frame counts, ``(1, 1, T, 1, 1)``; ``None``: all the same."""
+        ...
+
+
+def estimate(scores: Scores, role: Role, at: Noised, captions: Sequence[str], guidance: float) -> Tensor:
+    """Return the clean estimate of ``role``, ``(B, C, T, H, W)``."""
+    return clean_from_velocity(at.noisy, scores.velocity(role, at, captions, guidance), at.sigma)
+
+
+class WholeScores:
+    """Scores of bidirectional roles: every clip of the batch at one sigma of its own."""
+
+    def __init__(self, levels: Levels) -> None:
+        self.levels = levels
+
+    def noised(self, clean: Tensor, generator: torch.Generator) -> Noised:
+        """Return ``clean`` ``(B, C, T, H, W)`` at one random noise level per clip."""
+        uniform = torch.rand(len(clean), generator=generator).tolist()
+        sigma = torch.tensor([self.levels.of(number) for number in uniform])
+        return _noised(clean, sigma.view(-1, 1, 1, 1, 1), generator)
+
+    def velocity(self, role: Role, at: Noised, captions: Sequence[str], guidance: float = 1.0) -> Tensor:
+        """Return the velocity of ``role``, ``(B, C, T, H, W)``, from one forward over the whole segment."""
+        doubled = 1 if guidance == 1 else 2
+        bound = role.bind(_with_empty(captions, doubled))
+        sigma = at.sigma.view(-1, 1).repeat(doubled, 1)
+        return _guided(bound.whole(at.noisy.repeat(doubled, 1, 1, 1, 1), sigma), doubled, guidance)
+
+    def pieces(self, x: Tensor) -> Tensor:
+        """Return ``x``: a segment is one piece."""
+        return x
+
+    def weights(self, clean: Tensor) -> Tensor | None:  # noqa: ARG002 - the protocol's
+        """Return ``None``: the whole segment is judged at once."""
+        return None
+
+
+class CausalScores:
+    """Scores of causal roles: every chunk at a sigma of its own, given its clean past in the segment."""
+
+    def __init__(self, levels: Levels, shape: CacheShape, *, opening: float = 1.0) -> None:
+        """Take what the roles need.
+
+        Args:
+            levels: The law of the noise levels.
+            shape: Size of the roles' cache.
+            opening: How much a segment's first chunk counts against each other. It alone is judged without a
+                past; of a chunk that goes on from a wrong past, the teacher asks only that it goes on.
+        """
+        self.levels, self.shape, self.opening = levels, shape, opening
+
+    def noised(self, clean: Tensor, generator: torch.Generator) -> Noised:
+        """Return ``clean`` ``(B, C, T, H, W)`` at one random noise level per chunk, spread over the law."""
+        chunk = self.shape.latent_frames_per_chunk
+        uniform = spread_sigmas(generator, clean.shape[2] // chunk)
+        sigma = torch.tensor([self.levels.of(number) for number in uniform]).repeat_interleave(chunk)
+        return _noised(clean, sigma.view(1, 1, -1, 1, 1), generator)
+
+    def velocity(self, role: Role, at: Noised, captions: Sequence[str], guidance: float = 1.0) -> Tensor:
+        """Return the velocity of ``role``, ``(B, C, T, H, W)``, chunk by chunk over its own memory."""
+        doubled = 1 if guidance == 1 else 2
+        bound = role.bind(_with_empty(captions, doubled))
+        clean, noisy = (x.repeat(doubled, 1, 1, 1, 1) for x in (at.clean, at.noisy))
+        sigmas = at.sigma.flatten()[:: self.shape.latent_frames_per_chunk].tolist()
+        made = forced_estimates(bound, self.shape, clean, noisy, sigmas)
+        return _guided(torch.cat([velocity for velocity, _ in made], dim=2), doubled, guidance)
+
+    def pieces(self, x: Tensor) -> Tensor:
+        """Return the chunks of ``(B, C, T, H, W)`` as clips of their own, ``(B * P, C, chunk, H, W)``."""
+        chunk = self.shape.latent_frames_per_chunk
+        return x.unflatten(2, (-1, chunk)).transpose(1, 2).flatten(0, 1)
+
+    def weights(self, clean: Tensor) -> Tensor | None:
+        """Return ``opening`` for the first chunk, 1 for the others."""
+        if self.opening == 1:
+            return None
+        weights = torch.ones(1, 1, clean.shape[2], 1, 1, device=clean.device)
+        weights[:, :, : self.shape.latent_frames_per_chunk] = self.opening
+        return weights
+
+
+def _noised(clean: Tensor, sigma: Tensor, generator: torch.Generator) -> Noised:
+    """Return ``clean`` at ``sigma``, without a gradient."""
+    clean, sigma = clean.detach(), sigma.to(clean)
+    noise = torch.randn(clean.shape, generator=generator).to(clean)
+    return Noised(noisy=add_noise(clean, noise, sigma), sigma=sigma, noise=noise, clean=clean)
+
+
+def _with_empty(captions: Sequence[str], doubled: int) -> list[str]:
+    """Return ``captions``, followed by as many empty ones if ``doubled`` is 2."""
+    return [*captions, *[""] * ((doubled - 1) * len(captions))]
+
+
+def _guided(velocity: Tensor, doubled: int, guidance: float) -> Tensor:
+    """Return the velocity of a batch that held conditional, then unconditional clips if it was doubled."""
+    if doubled == 1:
+        return velocity
+    conditional, unconditional = velocity.chunk(2)
+    return guide(conditional, unconditional, guidance)
