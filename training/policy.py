@@ -183,7 +183,13 @@ def estimates(
 
 
 def choose(
-    rng: np.random.Generator, *, chunks: int, steps: int, chunk_share: float, step_share: float
+    rng: np.random.Generator,
+    *,
+    chunks: int,
+    steps: int,
+    chunk_share: float,
+    step_share: float,
+    last_steps: bool = False,
 ) -> dict[int, list[int]]:
     """Draw the actions an update weighs: a share of the chunks, and of the actions of each.
 
@@ -193,13 +199,14 @@ def choose(
         steps: Denoising steps per chunk; the last is no action.
         chunk_share: Share of the chunks, at least one of them.
         step_share: Share of the actions of each, at least one of them.
+        last_steps: Take the last actions of each instead of random ones.
     """
 
-    def some(count: int, share: float) -> list[int]:
-        picked = rng.permutation(count)[: max(1, round(share * count))]
-        return sorted(int(pick) for pick in picked)
+    def some(count: int, share: float, *, last: bool = False) -> list[int]:
+        order = np.arange(count)[::-1] if last else rng.permutation(count)
+        return sorted(int(pick) for pick in order[: max(1, round(share * count))])
 
-    return {chunk: some(steps - 1, step_share) for chunk in some(chunks, chunk_share)}
+    return {chunk: some(steps - 1, step_share, last=last_steps) for chunk in some(chunks, chunk_share)}
 
 
 def log_ratio(fresh: Tensor, delta: Tensor, sigma: float, *, reduction: Reduction) -> Tensor:
