@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from training.flow import Speeds
 from training.policy import VideoNoise
 from training.rewards import (
     Reward,
     RewardSettings,
     rate,
     relative_change,
-    speeds_of,
     spike,
     windowed_variance,
 )
@@ -41,16 +41,23 @@ def papers(videos: int, *, at_once: int) -> list[tuple[list[str], VideoNoise]]:
     return [(captions[part], VideoNoise(tuple(starts[part]), tuple(actions[part]))) for part in parts]
 
 
-def examine(made: Iterable[tuple[Tensor, str]], reward: Reward, settings: RewardSettings, path: Path) -> None:
+def examine(
+    made: Iterable[tuple[Tensor, str]],
+    reward: Reward,
+    speeds_in: Speeds,
+    settings: RewardSettings,
+    path: Path,
+) -> None:
     """Measure every video; write a sheet of the first ones, and the numbers beside it as JSON.
 
     Args:
         made: Videos ``(F, 3, H, W)`` in [0, 1] with their captions.
         reward: What a video is worth.
-        settings: How flow is measured, whatever the reward.
+        speeds_in: Finds the flow, whatever the reward.
+        settings: What its statistics are made with.
         path: The sheet, a .png file.
     """
-    speeds_in, results, shown = speeds_of(settings), [], []
+    results, shown = [], []
     for video, text in made:
         speeds, seconds = speeds_in(video), measure(video, text)
         results.append(

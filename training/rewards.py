@@ -10,6 +10,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, cast, get_args
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from sfpp_core.decoder import StreamingDecoder
 from training.config import ConfigError
 from training.flow import DenseSearch, Speeds
+from training.raft import RaftSearch, load_raft
 
 Reward = Callable[[Tensor, str], float]
 """Returns the worth of a video ``(F, 3, H, W)`` in [0, 1] with this caption; more is better."""
@@ -53,6 +55,9 @@ class RewardSettings:
 
     wrap: int = 0
     """Pixels shown beyond each edge from the opposite one, for a world that is a torus; else 0."""
+
+    raft: str = ""
+    """Weights of RAFT, ``raft-things.pth``, to find the flow with; empty is OpenCV's search."""
 
     def __post_init__(self) -> None:
         if self.flow not in get_args(FlowKind):
@@ -119,19 +124,27 @@ class SteadyFlow:
         return settings.guard * moving - unsteady
 
 
-def speeds_of(settings: RewardSettings) -> Speeds:
-    """Return the flow estimator of ``settings``."""
-    return DenseSearch(short_side=settings.short_side, wrap=settings.wrap)
+def speeds_of(settings: RewardSettings, *, device: torch.device | str = "cpu") -> Speeds:
+    """Return the flow estimator of ``settings``; RAFT computes on ``device``.
+
+    Raises:
+        CheckpointError: The weights are not those of RAFT.
+    """
+    if not settings.raft:
+        return DenseSearch(short_side=settings.short_side, wrap=settings.wrap)
+    network = load_raft(Path(settings.raft)).to(device)
+    return RaftSearch(network=network, short_side=settings.short_side, wrap=settings.wrap)
 
 
-def make_reward(settings: RewardSettings) -> Reward:
+def make_reward(settings: RewardSettings, *, device: torch.device | str = "cpu") -> Reward:
     """Return the reward of ``settings``.
 
     Raises:
+        CheckpointError: As ``speeds_of``.
         ConfigError: The function named cannot be found or called.
     """
     if not settings.function:
-        return SteadyFlow(settings, speeds_of(settings))
+        return SteadyFlow(settings, speeds_of(settings, device=device))
     module, found, name = settings.function.partition(":")
     if not (module and found and name):
         raise ConfigError(

@@ -46,7 +46,7 @@ from training.policy import (
     record,
     surrogate,
 )
-from training.rewards import RewardSettings, make_reward, rate, videos
+from training.rewards import RewardSettings, make_reward, rate, speeds_of, videos
 from training.teacher import DemoModel, load_demo_model
 from training.world import SIZE, caption, sample_scene
 
@@ -270,7 +270,8 @@ class Learner:
     def __init__(self, settings: GrpoSettings, device: torch.device) -> None:
         """Load everything."""
         self.settings = settings
-        self.reward = make_reward(settings.reward)
+        self.reward = make_reward(settings.reward, device=device)
+        self.speeds = speeds_of(settings.reward, device=device)
         self.policy = Policy(settings, device)
         channels = self.policy.model.config.channels
         self.decoder = load_decoder(Path(settings.autoencoder), device=device, channels=channels)
@@ -332,7 +333,7 @@ class Learner:
 
     def exam(self, path: Path) -> None:
         """Measure the averaged student: a sheet at ``path``, the numbers beside it."""
-        examine(self._sat_exams(), self.reward, self.settings.reward, path)
+        examine(self._sat_exams(), self.reward, self.speeds, self.settings.reward, path)
 
     def _sat_exams(self) -> Iterator[tuple[Tensor, str]]:
         """Yield the averaged student's videos of the exam and their captions."""
