@@ -67,10 +67,6 @@ def settings(tmp_path):
     return make
 
 
-def test_the_shipped_configuration_is_valid():
-    load(GrpoSettings, [str(CONFIG)], stage="train_grpo")
-
-
 def weights(learner):
     return torch.cat([parameter.detach().flatten() for parameter in learner.policy.model.parameters()])
 
