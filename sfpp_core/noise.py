@@ -2,9 +2,18 @@
 
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class NoiseSource(Protocol):
+    """Where a rollout takes its noise from."""
+
+    def draw(self, shape: tuple[int, ...], *, chunk: int, step: int, like: Tensor) -> Tensor:
+        """Return standard normal noise of ``shape`` on the device and dtype of ``like``."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

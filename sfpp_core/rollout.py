@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .kv_cache import KVCache
-from .noise import ChunkNoise
+from .noise import NoiseSource
 from .schedule import FewStepSchedule, add_noise, clean_from_velocity
 
 
@@ -31,7 +31,7 @@ class Student(Protocol):
 
 def denoise_chunk(
     student: Student,
-    noise: ChunkNoise,
+    noise: NoiseSource,
     schedule: FewStepSchedule,
     cache: KVCache,
     *,
@@ -68,7 +68,7 @@ def denoise_chunk(
 
 def rollout(
     student: Student,
-    noise: ChunkNoise,
+    noise: NoiseSource,
     schedule: FewStepSchedule,
     cache: KVCache,
     *,

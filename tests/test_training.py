@@ -21,6 +21,7 @@ from training.teacher import DemoModel, Guided, trajectory
 from training.train_autoencoder import Settings as AutoencoderSettings
 from training.train_causal import CausalSettings
 from training.train_dmd import DmdSettings
+from training.train_grpo import GrpoSettings
 from training.train_ode import OdeSettings, draw_levels, pick_states
 from training.train_teacher import TeacherSettings
 
@@ -35,6 +36,7 @@ KINDS = {
     "demo_self_forcing_plus": DmdSettings,
     "demo_export": ExportSettings,
     "demo_evaluate": EvaluateSettings,
+    "demo_grpo": GrpoSettings,
 }
 
 
