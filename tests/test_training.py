@@ -72,9 +72,13 @@ def train(out, *, iterations=10, stop_at=None, lr=0.05):
         loss = (toy(x) - x.sum(1, keepdim=True)).square().mean()
         return {"norm": trained.update(loss, iteration)}
 
-    loop = LoopSettings(out=str(out), iterations=iterations, sample_every=5)
+    loop = LoopSettings(out=str(out), iterations=iterations, sample_every=5, tensorboard=False)
     recipe = Recipe(loop=loop, toy=settings)
-    run(loop, {"toy": trained}, step, lambda path: path.write_text("sheet"), recipe=recipe)
+
+    def sample(path):
+        path.write_text("sheet")
+
+    run(loop, {"toy": trained}, step, sample, recipe=recipe)
     return trained.averaged, toy
 
 

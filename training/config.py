@@ -1,13 +1,27 @@
-"""Typed settings from a TOML file, with dotted overrides. An unknown key is an error, never ignored."""
+"""Typed settings from a TOML file, with dotted overrides. An unknown key is an error, never ignored.
+
+Every stage's command line is ``FILE.toml [key=value ...] [--dry-run] [--smoke]``. ``--dry-run`` tells what
+the stage would take, without training. ``--smoke`` makes a few tiny updates, in folders of their own: every
+path under ``runs/`` in the file becomes one under ``runs/smoke/``, so that the stages can follow each other.
+"""
 
 import json
+import logging
 import tomllib
-from collections.abc import Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+FLAGS = ("--dry-run", "--smoke")
+"""Options of every stage."""
+
+SMOKE_LOOP = {"iterations": 3, "sample_every": 3, "effective_batch": 0, "tensorboard": False}
+"""The loop of a smoke run."""
 
 
 class ConfigError(ValueError):
@@ -19,23 +33,87 @@ def load(kind: type[T], arguments: Sequence[str], *, stage: str) -> T:
 
     Args:
         kind: Dataclass of the settings.
-        arguments: A TOML file, then any number of ``section.key=value``; values are TOML, or bare text.
+        arguments: A TOML file, then any number of ``section.key=value``, whose values are TOML or bare text,
+            and of ``FLAGS``. Overrides win over what ``--smoke`` makes small.
         stage: Name of the stage, for the message.
 
     Raises:
         ConfigError: The file is missing, or a key is unknown, missing or of the wrong type.
+        SystemExit: A dry run of a stage that does not train: its settings were told.
     """
-    if not arguments:
+    flags = {argument for argument in arguments if argument.startswith("--")}
+    if unknown := sorted(flags - set(FLAGS)):
+        raise ConfigError(f"{stage} has no option {unknown[0]}; known options: {', '.join(FLAGS)}.")
+    words = [argument for argument in arguments if argument not in flags]
+    if not words:
         raise ConfigError(
-            f"{stage} needs a settings file: python -m training.{stage} FILE.toml [key=value ...]"
+            f"{stage} needs a settings file: python -m training.{stage} FILE.toml [key=value ...] "
+            f"[{'] ['.join(FLAGS)}]"
         )
-    path = Path(arguments[0])
+    path = Path(words[0])
     if not path.is_file():
         raise ConfigError(f"settings file {path} does not exist; examples are in training/configs/.")
     table = tomllib.loads(path.read_text())
-    for argument in arguments[1:]:
+    if "--smoke" in flags:
+        make_small(table, kind)
+    for argument in words[1:]:
         override(table, argument)
-    return build(kind, table, where=path.name)
+    if "--dry-run" in flags and "loop" in table:
+        override(table, "loop.dry_run=true")
+    settings = build(kind, table, where=path.name)
+    if "--dry-run" in flags and "loop" not in table:
+        lines = (f"  {name} = {value}" for name, value in flatten(asdict(cast(Any, settings))).items())
+        logger.info("%s would run with\n%s", stage, "\n".join(lines))
+        raise SystemExit(0)
+    return settings
+
+
+def make_small(table: dict[str, Any], kind: type) -> None:
+    """Turn the settings of a stage into those of a smoke run.
+
+    What is small for a stage it says itself, as overrides, in ``SMOKE`` of its settings.
+    """
+    _move_runs(table)
+    if "loop" in table:
+        table["loop"] |= SMOKE_LOOP
+        if not table["loop"].get("out", "").startswith(_SMOKE_RUNS):
+            table["loop"]["out"] = _SMOKE_RUNS + Path(table["loop"].get("out", "run")).name
+    for argument in getattr(kind, "SMOKE", ()):
+        override(table, argument)
+
+
+_RUNS, _SMOKE_RUNS = "runs/", "runs/smoke/"
+
+
+def _move_runs(table: dict[str, Any]) -> None:
+    """Move every path under ``runs/`` to ``runs/smoke/``."""
+    for name, value in table.items():
+        if isinstance(value, dict):
+            _move_runs(value)
+        elif isinstance(value, str) and value.startswith(_RUNS):
+            table[name] = _SMOKE_RUNS + value.removeprefix(_RUNS)
+
+
+def flatten(table: Mapping[str, Any], above: str = "") -> dict[str, str]:
+    """Return nested settings as text by dotted name."""
+    flat: dict[str, str] = {}
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{above}{name}.")
+        else:
+            flat[above + name] = str(value)
+    return flat
+
+
+def defaults(kind: type, above: str = "") -> dict[str, str]:
+    """Return the defaults of the settings ``kind`` as text by dotted name; what is required has none."""
+    hints, flat = get_type_hints(kind), {}
+    for field in fields(kind):
+        if is_dataclass(hints[field.name]):
+            flat |= defaults(hints[field.name], f"{above}{field.name}.")
+        elif field.default is not MISSING:
+            flat[above + field.name] = str(field.default)
+    return flat
 
 
 def override(table: dict[str, Any], argument: str) -> None:

@@ -1,37 +1,44 @@
-"""The training loop: step, clip, average, log, sample, save. Knows no loss.
+"""The training loop: step, log, sample, save. Knows no loss.
 
 A batch is a function of the seed and the iteration, so a run that was killed and resumed makes the same
 weights as one that was not.
 """
 
-import json
+import importlib.util
 import logging
-import math
-import os
 import signal
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
 from tqdm import tqdm
 
-from training.config import ConfigError
+from training import parallel
+from training.config import ConfigError, defaults, flatten
+from training.dry_run import Plan, report
+from training.journal import Journal, read_pace
+from training.parallel import Pieces
+from training.state import Saver
+from training.trained import NotFiniteError, OptimiserSettings, Trained
+
+__all__ = ["LoopSettings", "Loss", "OptimiserSettings", "Pieces", "Plan", "Trained", "descend", "run"]
 
 logger = logging.getLogger(__name__)
 
-M = TypeVar("M", bound=nn.Module)
-
-Step = Callable[[int], dict[str, float]]
+Step = Callable[[int], Mapping[str, float]]
 """Makes the update of one iteration and returns the numbers worth logging."""
 
-Sample = Callable[[Path], None]
-"""Writes a sample sheet to a path."""
+Sample = Callable[[Path], Mapping[str, float] | None]
+"""Writes a sample sheet to a path; may return numbers measured on it. Called by every rank alike."""
+
+LOG_EVERY = 20
+"""Updates between lines of the log."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,13 +46,16 @@ class LoopSettings:
     """Length and bookkeeping of one stage."""
 
     out: str
-    """Folder of the run: log, samples, ``last.pt``."""
+    """Folder of the run: log, samples, saved state."""
 
     iterations: int
     """Updates in the whole stage."""
 
     seed: int = 0
     """Of the initial weights and of every batch."""
+
+    effective_batch: int = 0
+    """Clips per update over all ranks, by accumulation where they do not fit; 0 is one batch."""
 
     save_seconds: float = 60.0
     """Seconds between saves."""
@@ -59,121 +69,96 @@ class LoopSettings:
     device: str = "auto"
     """``auto`` is the GPU if there is one."""
 
+    tensorboard: bool = True
+    """Write for TensorBoard too, if it is installed."""
+
+    wandb: str = ""
+    """Project of Weights & Biases to write to; empty is none."""
+
+    dry_run: bool = False
+    """Tell what the run would take, and train nothing; the same as ``--dry-run``."""
+
+    seconds_per_update: float = 0.0
+    """For a dry run's forecast of the time; 0 takes it from the log of an earlier run in ``out``."""
+
+    def __post_init__(self) -> None:
+        if self.wandb and importlib.util.find_spec("wandb") is None:
+            raise ConfigError(
+                f"loop.wandb is {self.wandb!r}, and the package is not installed: pip install wandb, or "
+                "leave loop.wandb empty; TensorBoard and the log do not need it."
+            )
+
     def pick_device(self) -> torch.device:
-        """Return the device to train on, with torch's threads set."""
+        """Return the device to train on, with torch's threads set and the other ranks joined.
+
+        A dry run gets the device ``meta``, on which models have sizes and no numbers.
+        """
         torch.set_num_threads(self.threads)
+        if self.dry_run:
+            return torch.device("meta")
         name = self.device if self.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(name)
+        return parallel.join(name)
+
+    def pieces(self, batch: int) -> Pieces:
+        """Return how an update of ``batch`` clips at once is cut and shared.
+
+        Raises:
+            ConfigError: The effective batch is not a multiple of what all ranks compute at once.
+        """
+        return Pieces(batch=batch, effective=self.effective_batch or batch)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptimiserSettings:
-    """How the weights of one module are updated."""
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """One loss of an update."""
 
-    lr: float
-    """Learning rate of AdamW."""
+    value: Tensor
+    """What is differentiated, a scalar."""
 
-    matrix_lr: float = 0.0
-    """Learning rate of Muon for the matrices of the transformer layers; 0 leaves them to AdamW."""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """What is worth logging beside it."""
 
-    betas: tuple[float, ...] = (0.9, 0.99)
-    """Decay of AdamW's averages."""
-
-    warmup: int = 50
-    """Updates over which the learning rates rise."""
-
-    hold: float = 0.5
-    """Share of the updates before the learning rates fall along a cosine to 0."""
-
-    clip: float = 1.0
-    """Largest norm of the gradient."""
-
-    ema: float = 0.995
-    """Decay of the averaged weights."""
+    batch: Any = None
+    """What it was computed from, kept if it is not finite."""
 
 
-class Trained(Generic[M]):
-    """A module with its optimisers and its averaged weights.
+def descend(trained: Trained[Any], losses: Iterable[Loss], iteration: int, *, count: int) -> dict[str, float]:
+    """Follow the mean of ``losses``, each made when the one before is done with.
 
-    Muon moves the matrices of the transformer layers, AdamW the rest.
+    Args:
+        trained: What is moved.
+        losses: Those of this rank.
+        iteration: Which update this is.
+        count: How many there are.
+
+    Returns:
+        ``loss`` and all other numbers, as means, and ``norm``, that of the gradient.
     """
-
-    def __init__(self, module: M, settings: OptimiserSettings, *, updates: int) -> None:
-        """Take ``module`` for a stage of ``updates`` updates."""
-        self.module = module
-        self._averaged = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
-        self._settings, self._updates = settings, updates
-        matrices, rest = [], []
-        for name, parameter in module.named_parameters():
-            is_matrix = settings.matrix_lr and ".blocks." in name and parameter.ndim == 2
-            (matrices if is_matrix else rest).append(parameter)
-        betas = (settings.betas[0], settings.betas[1])
-        adam = torch.optim.AdamW(rest, lr=settings.lr, betas=betas, weight_decay=0.0)
-        self._optimisers: list[tuple[torch.optim.Optimizer, float]] = [(adam, settings.lr)]
-        if matrices:
-            muon = torch.optim.Muon(matrices, lr=settings.matrix_lr, weight_decay=0.0)
-            self._optimisers.append((muon, settings.matrix_lr))
-
-    @property
-    def averaged(self) -> M:
-        """The averaged weights, as a module of the same kind."""
-        return cast(M, self._averaged.module)
-
-    def rate(self, update: int) -> float:
-        """Return the share of the full learning rate at ``update``."""
-        rising = min(1.0, (update + 1) / max(1, self._settings.warmup))
-        hold = self._settings.hold
-        past = max(0.0, update / self._updates - hold) / max(1e-9, 1 - hold)
-        return rising * 0.5 * (1 + math.cos(math.pi * past))
-
-    def accumulate(self, loss: Tensor, update: int) -> None:
-        """Add the gradient of ``loss`` to that of the coming update.
-
-        Raises:
-            FloatingPointError: The loss is not finite.
-        """
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss is {loss.item()} at update {update}; the last save is as it was.")
-        loss.backward()
-
-    def update(self, loss: Tensor, update: int) -> float:
-        """Follow the gradient of ``loss`` and of all accumulated since the last update; return its norm.
-
-        Raises:
-            FloatingPointError: The loss is not finite.
-        """
-        self.accumulate(loss, update)
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._settings.clip)
-        for optimiser, lr in self._optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = lr * self.rate(update)
-            optimiser.step()
-            optimiser.zero_grad()
-        self._averaged.update_parameters(self.module)
-        return norm.item()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to go on."""
-        return {
-            "module": self.module.state_dict(),
-            "averaged": self._averaged.state_dict(),
-            "optimisers": [optimiser.state_dict() for optimiser, _ in self._optimisers],
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
-        self.module.load_state_dict(state["module"])
-        self._averaged.load_state_dict(state["averaged"])
-        for (optimiser, _), saved in zip(self._optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
+    sums: dict[str, float] = {}
+    norm = 0.0
+    for index, loss in enumerate(losses, start=1):
+        for name, number in {"loss": loss.value.item(), **loss.numbers}.items():
+            sums[name] = sums.get(name, 0.0) + number
+        if index < count:
+            trained.accumulate(loss.value / count, iteration, batch=loss.batch)
+        else:
+            norm = trained.update(loss.value / count, iteration, batch=loss.batch)
+    return {name: total / count for name, total in sums.items()} | {"norm": norm}
 
 
 def run(
-    settings: LoopSettings, parts: Mapping[str, Trained[Any]], step: Step, sample: Sample, *, recipe: Any
+    settings: LoopSettings,
+    parts: Mapping[str, Trained[Any]],
+    step: Step,
+    sample: Sample,
+    *,
+    recipe: Any,
+    plan: Plan | None = None,
 ) -> None:
     """Run the iterations of one stage.
 
-    Continues from ``last.pt`` in the output folder if it is there. SIGTERM and Ctrl-C save and stop.
+    Continues from the saved state in the output folder if there is one. SIGTERM and Ctrl-C save and stop, all
+    ranks at the same update.
 
     Args:
         settings: Length and bookkeeping.
@@ -181,91 +166,139 @@ def run(
         step: Makes the update of one iteration; draws its batch from the iteration.
         sample: Writes a sample sheet.
         recipe: The dataclass of all settings of the stage; a run is continued only with the same ones.
+        plan: What a dry run tells of the stage beside its parts.
 
     Raises:
         ConfigError: The folder holds a run with other settings.
+        NotFiniteError: A loss or a gradient is not finite; what led there is written to the folder.
+        SystemExit: The run was stopped, or another rank ended.
     """
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    table = _flat(asdict(recipe))
-    start, seconds = _resume(out / "last.pt", parts, table)
-    _cut_log(out / "log.jsonl", start)
-    began, saved = time.monotonic() - seconds, time.monotonic()
-    with _stop_signals() as stopped, tqdm(total=settings.iterations, initial=start, desc=out.name) as bar:
-        for iteration in range(start, settings.iterations):
-            numbers = step(iteration)
-            done = iteration + 1
-            bar.update()
-            if done % 20 == 0:
-                bar.set_postfix({name: f"{number:.4f}" for name, number in numbers.items()})
-                _log(out / "log.jsonl", {"iteration": done, "seconds": time.monotonic() - began, **numbers})
-            due = time.monotonic() - saved > settings.save_seconds
-            if due or stopped or done == settings.iterations:
-                _save(
-                    out / "last.pt",
-                    parts,
-                    {"done": done, "seconds": time.monotonic() - began, "recipe": table},
-                )
-                saved = time.monotonic()
-            if done % settings.sample_every == 0 or done == settings.iterations:
-                sample(out / f"sample_{done:06d}.png")
-            if stopped:
-                raise SystemExit(
-                    f"stopped at iteration {done} of {settings.iterations}; run again to continue."
-                )
+    if settings.dry_run:
+        pace = settings.seconds_per_update or read_pace(Path(settings.out))
+        ranks = parallel.launched()
+        lines = report(parts, plan or Plan(), ranks=ranks, iterations=settings.iterations, pace=pace)
+        logger.info("%s", "\n".join(lines))
+        return
+    _Run(settings, parts, sample, recipe).go(step)
 
 
-_MAY_CHANGE = {"iterations", "threads", "device", "save_seconds", "sample_every", "out"}
-"""Settings of the loop that may differ when a run is continued."""
+class _Run:
+    """One run under way."""
+
+    def __init__(
+        self, settings: LoopSettings, parts: Mapping[str, Trained[Any]], sample: Sample, recipe: Any
+    ) -> None:
+        self._settings, self._parts, self._sample = settings, parts, sample
+        self._out = Path(settings.out)
+        self._out.mkdir(parents=True, exist_ok=True)
+        self._recipe = _kept(flatten(asdict(recipe)))
+        self._saver = Saver(self._out, parts)
+        self._start, seconds = self._saver.resume(self._recipe, _kept(defaults(type(recipe))))
+        self._began = time.monotonic() - seconds
+        self._saved = time.monotonic()
+
+    def go(self, step: Step) -> None:
+        """Run from the saved update to the last."""
+        settings = self._settings
+        journal = Journal(
+            self._out,
+            self._start,
+            tensorboard=settings.tensorboard,
+            wandb=settings.wandb,
+            recipe=self._recipe,
+        )
+        bar = tqdm(
+            total=settings.iterations,
+            initial=self._start,
+            desc=self._out.name,
+            disable=parallel.rank() > 0,
+        )
+        with _stop_signals() as stopped, bar:
+            for iteration in range(self._start, settings.iterations):
+                with self._watched(iteration):
+                    numbers = step(iteration)
+                    bar.update()
+                    stop = self._after(iteration + 1, numbers, bar, journal, bool(stopped))
+                if stop:
+                    journal.close()
+                    done = f"iteration {iteration + 1} of {settings.iterations}"
+                    raise SystemExit(f"stopped at {done}; run again to continue.")
+        journal.close()
+
+    def _after(
+        self, done: int, numbers: Mapping[str, float], bar: Any, journal: Journal, stopped: bool
+    ) -> bool:
+        """Log, save and sample what is due after ``done`` updates; return whether to stop."""
+        settings, last = self._settings, done == self._settings.iterations
+        due = time.monotonic() - self._saved > settings.save_seconds
+        stop, due = parallel.agree(stopped, due)
+        if done % LOG_EVERY == 0 or last:
+            numbers = parallel.mean(numbers)
+            bar.set_postfix({name: f"{number:.4f}" for name, number in numbers.items()})
+            journal.write(done, {"seconds": time.monotonic() - self._began, **numbers})
+        self._saver.poll()
+        if due or stop or last:
+            seconds = time.monotonic() - self._began
+            self._saver.save({"done": done, "seconds": seconds, "recipe": self._recipe})
+            self._saved = time.monotonic()
+        if stop or last:
+            self._saver.finish()
+        if done % settings.sample_every == 0 or last:
+            measured = self._make_sample(f"sample_{done:06d}.png")
+            if measured:
+                journal.write(done, measured)
+        return stop and not last
+
+    def _make_sample(self, name: str) -> Mapping[str, float] | None:
+        """Make a sample with the averaged weights whole; all ranks do, and the first keeps it."""
+        averages = [part.averaged for part in self._parts.values()]
+        for module in averages:
+            parallel.gather(module)
+        try:
+            if parallel.rank() == 0:
+                return self._sample(self._out / name)
+            with tempfile.TemporaryDirectory() as folder:
+                return self._sample(Path(folder) / name)
+        finally:
+            for module in averages:
+                parallel.part(module)
+
+    @contextmanager
+    def _watched(self, iteration: int) -> Iterator[None]:
+        """Say what is left of the run when an iteration fails."""
+        saved = self._saver.saved
+        kept = f"the last save, of update {saved[0]}, is {saved[1]}" if saved else "nothing was saved yet"
+        try:
+            yield
+        except NotFiniteError as error:
+            path = self._out / f"not_finite_{iteration:06d}_rank{parallel.rank()}.pt"
+            state = {"done": saved[0], "path": str(saved[1])} if saved else {}
+            told = {"what": str(error), "iteration": iteration, "rank": parallel.rank(), "state": state}
+            torch.save({**told, "batch": error.batch}, path)
+            where = f"iteration {iteration}, rank {parallel.rank()}"
+            raise NotFiniteError(f"{error} ({where}); what led there is in {path}; {kept}.") from error
+        except RuntimeError as error:
+            if not parallel.lost_contact(error):
+                raise
+            raise SystemExit(
+                f"rank {parallel.rank()} lost another rank in iteration {iteration}: that process ended, or "
+                f"its machine did. {kept}. Start the same command again to continue, on any number of ranks."
+            ) from error
 
 
-def _flat(table: Mapping[str, Any], above: str = "") -> dict[str, str]:
-    """Return nested settings as text by dotted name."""
-    flat: dict[str, str] = {}
-    for name, value in table.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{above}{name}.")
-        elif above != "loop." or name not in _MAY_CHANGE:
-            flat[above + name] = str(value)
-    return flat
+_MAY_CHANGE = {
+    f"loop.{name}"
+    for name in (
+        "iterations", "threads", "device", "save_seconds", "sample_every", "out", "tensorboard", "wandb",
+        "dry_run", "seconds_per_update",
+    )
+}  # fmt: skip
+"""Settings that may differ when a run is continued."""
 
 
-def _save(path: Path, parts: Mapping[str, Trained[Any]], notes: dict[str, Any]) -> None:
-    """Write the state of every part, whole or not at all."""
-    state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
-    torch.save({**state, **notes}, path.with_suffix(".partial"))
-    os.replace(path.with_suffix(".partial"), path)  # noqa: PTH105 - atomic on every system
-
-
-def _resume(path: Path, parts: Mapping[str, Trained[Any]], recipe: dict[str, str]) -> tuple[int, float]:
-    """Restore every part; return the updates done and the seconds spent."""
-    if not path.exists():
-        return 0, 0.0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    before = state["recipe"]
-    for name in sorted(before.keys() | recipe.keys()):
-        if before.get(name) != recipe.get(name):
-            raise ConfigError(
-                f"{path.parent} holds a run with {name} = {before.get(name)}, and it is {recipe.get(name)} "
-                "now; put it back to continue, or choose another folder."
-            )
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    logger.info("continuing %s at iteration %d", path.parent, state["done"])
-    return state["done"], state["seconds"]
-
-
-def _cut_log(path: Path, done: int) -> None:
-    """Drop the lines of iterations after ``done``: they were lost with a kill and are made again."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["iteration"] <= done]
-        path.write_text("".join(line + "\n" for line in lines))
-
-
-def _log(path: Path, numbers: dict[str, float]) -> None:
-    """Append one line of JSON."""
-    with path.open("a") as file:
-        file.write(json.dumps(numbers) + "\n")
+def _kept(table: Mapping[str, str]) -> dict[str, str]:
+    """Return the settings that may not."""
+    return {name: text for name, text in table.items() if name not in _MAY_CHANGE}
 
 
 @contextmanager

@@ -19,6 +19,8 @@ from sfpp_core.network import WanNetwork, initialise
 from sfpp_core.schedule import warp
 from sfpp_core.student import BoundStudent, CausalStudent
 from sfpp_core.words import WordEncoder
+from training.config import ConfigError
+from training.state import read_averaged
 from training.world import CAPTION_WORDS, FRAMES, SIZE, VOCABULARY
 
 CLIP = VideoGeometry(height=SIZE, width=SIZE, frames=FRAMES)
@@ -146,9 +148,17 @@ def causal_trajectory(
 
 
 def load_demo_model(path: Path) -> DemoModel:
-    """Read the averaged weights of a run from its ``last.pt``; sizes come from their shapes."""
-    state = torch.load(path, map_location="cpu", weights_only=True)["model"]["averaged"]
-    weights = {name.removeprefix("module."): value for name, value in state.items() if name != "n_averaged"}
+    """Read the averaged weights of a run; sizes come from their shapes.
+
+    Args:
+        path: ``last.pt`` in the folder of the run, where one process or several wrote its state.
+
+    Raises:
+        ConfigError: There is no such run, or it trained adapters.
+    """
+    weights = read_averaged(path)
+    if "network.blocks.0.ffn.0.weight" not in weights:
+        raise ConfigError(f"{path} holds adapters of a model, not a model; continue from the run they adapt.")
     ffn_dim, dim = weights["network.blocks.0.ffn.0.weight"].shape
     config = StudentConfig(
         dim=dim,

@@ -2,27 +2,28 @@
 
 Run ``python -m training.train_autoencoder training/configs/demo_autoencoder.toml [key=value ...]``.
 
-Clips are functions of (seed, iteration): a killed run resumes exactly from ``last.pt``.
 The run ends with the latents' mean and standard deviation, a round trip, and ``autoencoder.safetensors``.
 
 Legend: B clips, F frames, C channels, T latent frames, H and W pixels, h and w latent cells.
 """
 
-import math
+import logging
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from sfpp_core.tiny_autoencoder import TEMPORAL_STRIDE, AutoencoderConfig, TinyAutoencoder
-from training.config import load
-from training.world import render, sample_scene
+from training import parallel
+from training.config import ConfigError, load
+from training.loop import LoopSettings, Loss, OptimiserSettings, Plan, Trained, descend, run
+from training.world import SIZE, render, sample_scene
+
+logger = logging.getLogger(__name__)
 
 TRAIN, VALIDATE, MEASURE = 0, 1, 2
 """First part of a clip's seed after the run's own, so that no clip serves two purposes."""
@@ -32,38 +33,22 @@ TRAIN, VALIDATE, MEASURE = 0, 1, 2
 class Settings:
     """One training run."""
 
-    out: Path
-    """Folder for checkpoints, sheets and the final weights."""
+    SMOKE: ClassVar = ("clips=2", "measured=4", "config.coarse=16", "config.fine=8", "config.mask=8")
 
-    minutes: float = 30.0
-    """Wall time aimed at when ``iterations`` is 0; the iterations are then counted once, at the start."""
+    loop: LoopSettings
+    """Length and bookkeeping."""
 
-    iterations: int = 0
-    """Optimiser updates, or 0 to derive them from ``minutes``."""
-
-    threads: int = 1
-    """CPU threads."""
-
-    seed: int = 0
-    """Seed of the weights, the clips and the noise."""
+    optimiser: OptimiserSettings
+    """How it is updated: Muon moves the kernels, AdamW biases and gains."""
 
     start: Path | None = None
     """Weights to begin with; the encoder is then frozen and only the decoder trained."""
 
     clips: int = 8
-    """Clips per iteration."""
+    """Clips computed at once."""
 
     frames: int = 17
     """Frames per clip: 1 + 4(T - 1)."""
-
-    muon_lr: float = 1e-2
-    """Learning rate of the kernels."""
-
-    adam_lr: float = 3e-3
-    """Learning rate of biases and gains."""
-
-    hold: float = 0.15
-    """Share of the run at the full learning rate, before the cosine."""
 
     bf16: float = 0.7
     """Share of the run in bfloat16; the rest is float32."""
@@ -80,53 +65,27 @@ class Settings:
     config: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     """Sizes of the network."""
 
-
-@dataclass(slots=True)
-class Run:
-    """What training changes: everything a checkpoint must hold."""
-
-    autoencoder: TinyAutoencoder
-    """The network in training."""
-
-    kernels: list[tuple[nn.Parameter, nn.Parameter]]
-    """Convolution kernels and the matrices that share their memory, for Muon."""
-
-    optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer]
-    """Muon for the matrices, AdamW for the rest."""
-
-    iterations: int
-    """Optimiser updates in the whole run."""
-
-    iteration: int = 0
-    """Optimiser updates done."""
-
-    seconds: float = 0.0
-    """Wall time spent so far."""
+    def __post_init__(self) -> None:
+        if parallel.launched() > 1:
+            raise ConfigError(
+                f"the autoencoder trains in one process, and torchrun started {parallel.launched()}; "
+                "use python -m training.train_autoencoder."
+            )
 
 
-def build(settings: Settings, device: torch.device) -> Run:
-    """Return the run at iteration 0."""
-    torch.manual_seed(settings.seed)
-    autoencoder = (
-        TinyAutoencoder(settings.config) if settings.start is None else TinyAutoencoder.load(settings.start)
-    )
-    autoencoder.to(device)
-    trained = autoencoder if settings.start is None else autoencoder.decoder
-    trained.requires_grad_(True)
-    kernels, others = [], []
-    for parameter in trained.parameters():
-        if parameter.ndim == 4:
-            kernels.append((parameter, nn.Parameter(parameter.data.permute(0, 2, 3, 1).flatten(1))))
-        else:
-            others.append(parameter)
-    muon = torch.optim.Muon([matrix for _, matrix in kernels], lr=settings.muon_lr, weight_decay=0.0)
-    adam = torch.optim.AdamW(others, lr=settings.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
-    return Run(autoencoder, kernels, (muon, adam), settings.iterations)
+def build(settings: Settings, device: torch.device) -> TinyAutoencoder:
+    """Return the autoencoder before its first update, with what is to be trained marked."""
+    torch.manual_seed(settings.loop.seed)
+    if settings.start is None:
+        return TinyAutoencoder(settings.config).to(device).requires_grad_(True)
+    autoencoder = TinyAutoencoder.load(settings.start).to(device).requires_grad_(False)
+    autoencoder.decoder.requires_grad_(True)
+    return autoencoder
 
 
-def clips(settings: Settings, iteration: int, device: torch.device) -> Tensor:
-    """Return the training clips ``(B, F, 3, H, W)`` of one iteration."""
-    rngs = [np.random.default_rng((settings.seed, TRAIN, iteration, clip)) for clip in range(settings.clips)]
+def clips(settings: Settings, piece: int, device: torch.device) -> Tensor:
+    """Return the training clips ``(B, F, 3, H, W)`` of one piece of an update."""
+    rngs = [np.random.default_rng((settings.loop.seed, TRAIN, piece, clip)) for clip in range(settings.clips)]
     batch = render([sample_scene(rng) for rng in rngs], settings.frames, device=device)
     for clip, rng in enumerate(rngs):
         if rng.uniform() < settings.wide:
@@ -159,80 +118,22 @@ def unit_loss(latents: Tensor) -> Tensor:
     return mean.square().mean() + std.log().square().mean()
 
 
-def losses(run: Run, settings: Settings, device: torch.device) -> Tensor:
-    """Return the loss of the run's next iteration."""
-    truth = clips(settings, run.iteration, device)
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + run.iteration)
-    half = run.iteration < settings.bf16 * run.iterations
+def loss_of(autoencoder: TinyAutoencoder, settings: Settings, piece: int, *, half: bool) -> Loss:
+    """Return the loss of one piece of an update, computed in bfloat16 if ``half``."""
+    device = autoencoder.mean.device
+    truth = clips(settings, piece, device)
+    generator = torch.Generator().manual_seed(settings.loop.seed * 1_000_003 + piece)
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        latents = run.autoencoder.encoder(truth)
+        latents = autoencoder.encoder(truth)
         sigma = settings.latent_noise * torch.rand((len(truth), 1, 1, 1, 1), generator=generator)
         noise = sigma * torch.randn(latents.shape, generator=generator)
         if settings.start is not None:
-            noise = noise * run.autoencoder.std.cpu()[:, None, None, None]
-        drawn, _ = run.autoencoder.decoder(latents + noise.to(latents))
+            noise = noise * autoencoder.std.cpu()[:, None, None, None]
+        drawn, _ = autoencoder.decoder(latents + noise.to(latents))
     loss = reconstruction_loss(drawn[:, TEMPORAL_STRIDE - 1 :].float(), truth)
-    return loss if settings.start is not None else loss + 0.02 * unit_loss(latents)
-
-
-def update(run: Run, settings: Settings, device: torch.device) -> Tensor:
-    """Do one iteration and return its loss."""
-    rate = learning_rate(run.iteration / max(1, run.iterations), settings.hold) * min(
-        1.0, (run.iteration + 1) / 50
+    return Loss(
+        loss if settings.start is not None else loss + 0.02 * unit_loss(latents), batch={"truth": truth}
     )
-    for optimizer, peak in zip(run.optimizers, (settings.muon_lr, settings.adam_lr), strict=True):
-        optimizer.param_groups[0]["lr"] = rate * peak
-    loss = losses(run, settings, device)
-    loss.backward()
-    for kernel, matrix in run.kernels:
-        assert kernel.grad is not None
-        matrix.grad, kernel.grad = kernel.grad.permute(0, 2, 3, 1).flatten(1), None
-    for optimizer in run.optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    run.iteration += 1
-    return loss.detach()
-
-
-def learning_rate(progress: float, hold: float) -> float:
-    """Return the share of the peak learning rate at ``progress`` in [0, 1]: constant, then a cosine."""
-    return 0.5 + 0.5 * math.cos(math.pi * max(0.0, progress - hold) / (1 - hold))
-
-
-def count_iterations(settings: Settings, device: torch.device) -> int:
-    """Return how many iterations fit into ``settings.minutes``, from a few timed ones."""
-    trial = build(replace(settings, iterations=1000, bf16=settings.bf16), device)
-    for _ in range(4):
-        update(trial, settings, device)
-    began = time.perf_counter()
-    for _ in range(12):
-        float(update(trial, settings, device))
-    # Float32 iterations take about 1.3 times as long; checkpoints and sheets take the rest.
-    seconds = (time.perf_counter() - began) / 12 * (1 + 0.3 * (1 - settings.bf16)) * 1.03
-    return max(1, int(settings.minutes * 60 / seconds))
-
-
-def save(run: Run, path: Path) -> None:
-    """Write everything needed to resume exactly; a kill in the middle leaves the old file."""
-    partial = path.with_suffix(".partial")
-    state = {
-        "weights": run.autoencoder.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
-        "iterations": run.iterations,
-        "iteration": run.iteration,
-        "seconds": run.seconds,
-    }
-    torch.save(state, partial)
-    partial.replace(path)
-
-
-def resume(run: Run, path: Path) -> None:
-    """Bring ``run`` to where ``path`` was saved. The matrices share the kernels' memory and follow them."""
-    state = torch.load(path, map_location=run.autoencoder.mean.device, weights_only=True)
-    run.autoencoder.load_state_dict(state["weights"])
-    for optimizer, values in zip(run.optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(values)
-    run.iterations, run.iteration, run.seconds = state["iterations"], state["iteration"], state["seconds"]
 
 
 @torch.inference_mode()
@@ -269,70 +170,51 @@ def measure_latents(autoencoder: TinyAutoencoder, seed: int, *, count: int) -> t
     return mean, std
 
 
-def train(settings: Settings, run: Run, device: torch.device, log: Callable[[str], object]) -> None:
-    """Run to the last iteration, with a checkpoint a minute and a sheet every three."""
-    settings.out.mkdir(parents=True, exist_ok=True)
-    last = settings.out / "last.pt"
-    spent, saved, drawn = run.seconds, time.monotonic(), 0.0
-    began = saved
-    with tqdm(total=run.iterations, initial=run.iteration, unit="it", mininterval=5, smoothing=0.05) as bar:
-        while run.iteration < run.iterations:
-            loss = update(run, settings, device)
-            bar.update()
-            now = time.monotonic()
-            run.seconds = spent + now - began
-            if now - saved > 60 or run.iteration == run.iterations:
-                save(run, last)
-                saved = now
-            if now - drawn > 180 or run.iteration == run.iterations:
-                psnr, sheet = evaluate(run.autoencoder, settings.seed)
-                write_sheet(sheet, settings.out / f"sheet_{run.iteration:06d}.png")
-                log(f"iteration {run.iteration}, {run.seconds:.0f} s: loss {loss:.4f}, PSNR {psnr:.2f} dB")
-                drawn = now
-
-
-def finish(settings: Settings, run: Run, log: Callable[[str], object]) -> Path:
+def finish(settings: Settings, autoencoder: TinyAutoencoder) -> Path:
     """Store the latents' statistics, check the round trip, and return the exported weights' path."""
-    autoencoder = run.autoencoder.eval().cpu()
+    autoencoder = autoencoder.eval().cpu()
+    seed = settings.loop.seed
     if settings.start is None:
-        mean, std = measure_latents(autoencoder, settings.seed, count=settings.measured)
+        mean, std = measure_latents(autoencoder, seed, count=settings.measured)
         autoencoder.mean.copy_(mean)
         autoencoder.std.copy_(std)
-    path = settings.out / "autoencoder.safetensors"
+    path = Path(settings.loop.out) / "autoencoder.safetensors"
     autoencoder.save(path)
     stored = TinyAutoencoder.load(path)
-    clip = render([sample_scene((settings.seed, VALIDATE, 0))], 33)
+    clip = render([sample_scene((seed, VALIDATE, 0))], 33)
     latents = stored.encode(clip)
     stored.reset()
     streamed = torch.cat([stored.decode(chunk) for chunk in latents.split(3, dim=2)], 1)
     round_trip = float(-10 * nn.functional.mse_loss(streamed, clip).log10())
     count = max(1, settings.measured // 4)
-    psnr, _ = evaluate(stored, settings.seed, count=count)
-    log(f"{path}: PSNR {psnr:.2f} dB over {count} clips, round trip {round_trip:.2f} dB, {run.seconds:.0f} s")
+    psnr, _ = evaluate(stored, seed, count=count)
+    logger.info("%s: PSNR %.2f dB over %d clips, round trip %.2f dB", path, psnr, count, round_trip)
     return path
 
 
-def main(settings: Settings) -> Path:
-    """Train, or go on training, and return the path of the exported weights."""
-    torch.set_num_threads(settings.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings.out.mkdir(parents=True, exist_ok=True)
-    run = build(settings, device)
-    if (settings.out / "last.pt").exists():
-        resume(run, settings.out / "last.pt")
-    elif not settings.iterations:
-        run.iterations = count_iterations(settings, device)
-    with (settings.out / "log.txt").open("a") as file:
+def main(settings: Settings) -> Path | None:
+    """Train, or go on training; return the path of the exported weights, none from a dry run."""
+    device = settings.loop.pick_device()
+    autoencoder = build(settings, device)
+    iterations = settings.loop.iterations
+    trained = Trained(autoencoder, settings.optimiser, updates=iterations, kernels=True)
+    pieces = settings.loop.pieces(settings.clips)
 
-        def log(line: str) -> None:
-            tqdm.write(line)
-            file.write(line + "\n")
-            file.flush()
+    def step(iteration: int) -> dict[str, float]:
+        half = iteration < settings.bf16 * iterations
+        losses = (loss_of(autoencoder, settings, piece, half=half) for piece in pieces.of(iteration))
+        return descend(trained, losses, iteration, count=pieces.per_rank)
 
-        log(f"{asdict(settings)} iterations {run.iterations} from {run.iteration}")
-        train(settings, run, device, log)
-        return finish(settings, run, log)
+    def sample(path: Path) -> dict[str, float]:
+        psnr, page = evaluate(autoencoder, settings.loop.seed)
+        write_sheet(page, path)
+        return {"psnr": psnr}
+
+    plan = Plan(pieces=pieces, shapes={"clips": (settings.clips, settings.frames, 3, SIZE, SIZE)})
+    run(settings.loop, {"model": trained}, step, sample, recipe=settings, plan=plan)
+    return None if settings.loop.dry_run else finish(settings, autoencoder)
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     main(load(Settings, sys.argv[1:], stage="train_autoencoder"))

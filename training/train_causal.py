@@ -9,8 +9,10 @@ Source: the causal teacher of Causal-Forcing (repository thu-ml/Causal-Forcing).
 
 import logging
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training.config import load
 from training.forcing import forced_estimates, spread_sigmas
 from training.latents import Clips
-from training.loop import LoopSettings, OptimiserSettings, Trained, run
+from training.loop import LoopSettings, Loss, OptimiserSettings, Plan, Trained, descend, run
 from training.losses import velocity_loss
 from training.sheets import roll_sheet
 from training.teacher import CLIP, load_demo_model
@@ -33,6 +35,8 @@ from training.teacher import CLIP, load_demo_model
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CausalSettings:
     """Settings of the causal teacher."""
+
+    SMOKE: ClassVar = ("batch=2", "rollout.steps=1")
 
     loop: LoopSettings
     """Length and bookkeeping."""
@@ -50,7 +54,7 @@ class CausalSettings:
     """File of encoded clips, made by the teacher's stage."""
 
     batch: int = 16
-    """Clips per update."""
+    """Clips computed at once, on each rank."""
 
     drop: float = 0.1
     """Share of captions dropped, for classifier-free guidance."""
@@ -77,6 +81,7 @@ def main(settings: CausalSettings) -> None:
     """Train the causal teacher."""
     device = settings.loop.pick_device()
     clips = Clips(Path(settings.latents), seed=settings.loop.seed + 1, drop=settings.drop)
+    pieces = settings.loop.pieces(settings.batch)
     model = load_demo_model(Path(settings.teacher_run)).to(device)
     shape = CacheShape.of(model.config, CLIP, settings.rollout)
     trained = Trained(model, settings.optimiser, updates=settings.loop.iterations)
@@ -96,25 +101,27 @@ def main(settings: CausalSettings) -> None:
         velocity = torch.cat([velocity for velocity, _ in pairs], dim=2)
         return velocity_loss(velocity, clean.to(device), noise.to(device))
 
+    def losses(piece: int, batches: int, chunks: int) -> Iterator[Loss]:
+        clean, captions, generator = clips.batch(piece, settings.batch * batches)
+        for first in range(0, len(captions), settings.batch):
+            part = slice(first, first + settings.batch)
+            clip = clean[part, :, : chunks * chunk]
+            batch = {"clean": clip, "captions": captions[part]}
+            yield Loss(loss_of(clip, captions[part], generator), batch=batch)
+
     def step(iteration: int) -> dict[str, float]:
         opens = settings.openings > 0 and iteration % 2 == 1
         batches, chunks = (settings.openings, settings.opening) if opens else (1, settings.chunks)
-        clean, captions, generator = clips.batch(iteration, settings.batch * batches)
-        total, norm = 0.0, 0.0
-        for first in range(0, len(captions), settings.batch):
-            part = slice(first, first + settings.batch)
-            loss = loss_of(clean[part, :, : chunks * chunk], captions[part], generator) / batches
-            total += loss.item()
-            if part.stop < len(captions):
-                trained.accumulate(loss, iteration)
-            else:
-                norm = trained.update(loss, iteration)
-        return {"loss": total, "norm": norm, "opens": float(opens)}
+        every = (loss for piece in pieces.of(iteration) for loss in losses(piece, batches, chunks))
+        numbers = descend(trained, every, iteration, count=pieces.per_rank * batches)
+        return {**numbers, "opens": float(opens)}
 
     def sample(path: Path) -> None:
         roll_sheet(trained.averaged, autoencoder, settings.rollout, path, device=device)
 
-    run(settings.loop, {"model": trained}, step, sample, recipe=settings)
+    clip = (settings.batch, model.config.channels, settings.chunks * chunk, *CLIP.chunk_shape[1:])
+    plan = Plan(pieces=pieces, shapes={"clips": clip})
+    run(settings.loop, {"model": trained}, step, sample, recipe=settings, plan=plan)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import logging
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from sfpp_core.student import CausalStudent
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training.config import load
 from training.forcing import forced_estimates
-from training.loop import LoopSettings, OptimiserSettings, Trained, run
+from training.loop import LoopSettings, Loss, OptimiserSettings, Plan, Trained, descend, run
 from training.make_ode_pairs import Pairs
 from training.sheets import roll_sheet
 from training.teacher import CLIP, load_demo_model
@@ -32,6 +33,8 @@ from training.teacher import CLIP, load_demo_model
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OdeSettings:
     """Settings of the causal initialisation."""
+
+    SMOKE: ClassVar = ("batch=2",)
 
     loop: LoopSettings
     """Length and bookkeeping."""
@@ -49,7 +52,7 @@ class OdeSettings:
     """Weights of the demo autoencoder, for the sample sheets."""
 
     batch: int = 16
-    """Trajectories per update."""
+    """Trajectories computed at once, on each rank."""
 
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """How the student will be rolled out."""
@@ -83,9 +86,10 @@ def main(settings: OdeSettings) -> None:
     schedule = rollout.schedule()
     trained = Trained(model, settings.optimiser, updates=settings.loop.iterations)
     autoencoder = TinyAutoencoder.load(Path(settings.autoencoder)).to(device)
+    pieces = settings.loop.pieces(settings.batch)
 
-    def step(iteration: int) -> dict[str, float]:
-        states, captions, rng = pairs.batch(settings.loop.seed, iteration, settings.batch)
+    def loss_of(piece: int) -> Loss:
+        states, captions, rng = pairs.batch(settings.loop.seed, piece, settings.batch)
         levels = draw_levels(rng, geometry.chunks, rollout.steps)
         noisy, target = pick_states(states, levels, rollout.chunk).to(device), states[-1].to(device)
         sigmas = [schedule.sigmas[level] for level in levels]
@@ -94,12 +98,18 @@ def main(settings: OdeSettings) -> None:
             bound = student.bind(model.words(captions))
             clean = [clean for _, clean in forced_estimates(bound, shape, target, noisy, sigmas)]
         loss = torch.nn.functional.mse_loss(torch.cat(clean, dim=2), target)
-        return {"loss": loss.item(), "norm": trained.update(loss, iteration)}
+        return Loss(loss, batch={"noisy": noisy, "target": target, "captions": captions, "sigmas": sigmas})
+
+    def step(iteration: int) -> dict[str, float]:
+        losses = map(loss_of, pieces.of(iteration))
+        return descend(trained, losses, iteration, count=pieces.per_rank)
 
     def sample(path: Path) -> None:
         roll_sheet(trained.averaged, autoencoder, rollout, path, device=device)
 
-    run(settings.loop, {"model": trained}, step, sample, recipe=settings)
+    states = (rollout.steps + 1, settings.batch, *pairs.states.shape[2:])
+    plan = Plan(pieces=pieces, shapes={"states": states})
+    run(settings.loop, {"model": trained}, step, sample, recipe=settings, plan=plan)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ Run ``python -m training.train_teacher training/configs/demo_teacher.toml [key=v
 import logging
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,16 +16,26 @@ from torch import Tensor
 from sfpp_core.config import DEMO, StudentConfig
 from sfpp_core.schedule import add_noise, warp
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
+from training import parallel
 from training.config import load
 from training.latents import Clips, prepare
-from training.loop import LoopSettings, OptimiserSettings, Trained, run
+from training.loop import LoopSettings, Loss, OptimiserSettings, Plan, Trained, descend, run
 from training.sheets import sheet
-from training.teacher import SAMPLE_PROMPTS, DemoModel, trajectory
+from training.teacher import LATENT_CLIP, SAMPLE_PROMPTS, DemoModel, trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherSettings:
     """Settings of the teacher stage."""
+
+    SMOKE: ClassVar = (
+        "clips=4",
+        "batch=2",
+        "model.dim=128",
+        "model.ffn_dim=64",
+        "model.heads=1",
+        "model.layers=1",
+    )
 
     loop: LoopSettings
     """Length and bookkeeping."""
@@ -44,7 +56,7 @@ class TeacherSettings:
     """Scenes encoded."""
 
     batch: int = 16
-    """Clips per update."""
+    """Clips computed at once, on each rank."""
 
     drop: float = 0.1
     """Share of captions dropped, for classifier-free guidance."""
@@ -60,14 +72,19 @@ def main(settings: TeacherSettings) -> None:
     """Train the teacher."""
     device = settings.loop.pick_device()
     autoencoder = TinyAutoencoder.load(Path(settings.autoencoder)).to(device)
-    prepare(Path(settings.latents), autoencoder, clips=settings.clips, seed=settings.loop.seed)
-    clips = Clips(Path(settings.latents), seed=settings.loop.seed, drop=settings.drop)
+    pieces = settings.loop.pieces(settings.batch)
     teacher = DemoModel(settings.model, seed=settings.loop.seed).to(device)
-
     trained = Trained(teacher, settings.optimiser, updates=settings.loop.iterations)
 
-    def step(iteration: int) -> dict[str, float]:
-        clean, captions, generator = clips.batch(iteration, settings.batch)
+    @cache
+    def clips() -> Clips:
+        path = Path(settings.latents)
+        with parallel.first():
+            prepare(path, autoencoder, clips=settings.clips, seed=settings.loop.seed)
+        return Clips(path, seed=settings.loop.seed, drop=settings.drop)
+
+    def loss_of(piece: int) -> Loss:
+        clean, captions, generator = clips().batch(piece, settings.batch)
         sigma = warp_all(torch.rand(settings.batch, 1, generator=generator), settings.shift)
         noise = torch.randn(clean.shape, generator=generator)
         clean, noise, sigma = clean.to(device), noise.to(device), sigma.to(device)
@@ -75,15 +92,21 @@ def main(settings: TeacherSettings) -> None:
         with torch.autocast(device.type, torch.bfloat16):
             velocity = teacher.bind(captions, dtype=torch.bfloat16).whole(noisy, sigma)
         error = (velocity - (noise - clean)).square().mean(dim=(1, 2, 3, 4))
-        norm = trained.update(error.mean(), iteration)
         # The error at high noise falls when motion has been learned.
         high = error[sigma[:, 0] > 0.85].mean().item()
-        return {"loss": error.mean().item(), "norm": norm, "high": high}
+        batch = {"clean": clean, "captions": captions, "sigma": sigma, "noise": noise}
+        return Loss(error.mean(), {"high": high}, batch)
+
+    def step(iteration: int) -> dict[str, float]:
+        losses = map(loss_of, pieces.of(iteration))
+        return descend(trained, losses, iteration, count=pieces.per_rank)
 
     def sample(path: Path) -> None:
         averaged = trained.averaged
         generator = torch.Generator().manual_seed(1)
-        noise = torch.randn(len(SAMPLE_PROMPTS), *clips.latents.shape[1:], generator=generator).to(device)
+        noise = torch.randn(
+            len(SAMPLE_PROMPTS), settings.model.channels, *LATENT_CLIP, generator=generator
+        ).to(device)
         *_, (_, clean) = trajectory(averaged, noise, SAMPLE_PROMPTS, steps=24, guidance=settings.guidance)
         rows = []
         for prompt, clip in zip(SAMPLE_PROMPTS, clean, strict=True):
@@ -91,7 +114,8 @@ def main(settings: TeacherSettings) -> None:
             rows.append((prompt, autoencoder.decode(clip[None])[0]))
         sheet(rows, path)
 
-    run(settings.loop, {"model": trained}, step, sample, recipe=settings)
+    plan = Plan(pieces=pieces, shapes={"clips": (settings.batch, settings.model.channels, *LATENT_CLIP)})
+    run(settings.loop, {"model": trained}, step, sample, recipe=settings, plan=plan)
 
 
 def warp_all(sigma: Tensor, shift: float) -> Tensor:

@@ -1,0 +1,225 @@
+"""What the training loop does around a loss: accumulate, average, adapt, tell, forecast, stop at nonsense."""
+
+import json
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from ranked import Recipe, Toy, train
+from torch import nn
+
+from sfpp_core.lora import read_adapter
+from training.adapters import LoraSettings, export_adapters
+from training.config import ConfigError, load
+from training.dry_run import Plan, forecast, report
+from training.loop import LoopSettings, Loss, OptimiserSettings, Pieces, Trained, descend, run
+from training.state import read_averaged
+from training.teacher import DemoModel, load_demo_model
+from training.train_teacher import TeacherSettings
+from training.trained import NotFiniteError
+
+
+def settings(out, **changes):
+    return LoopSettings(
+        **{"out": str(out), "iterations": 5, "device": "cpu", "tensorboard": False, **changes}
+    )
+
+
+def error_of(toy, x):
+    return (toy(x) - x.sum(1, keepdim=True)).square().mean()
+
+
+@pytest.mark.parametrize("matrix_lr", [0.0, 0.01])
+def test_accumulated_pieces_move_the_weights_as_one_large_batch(matrix_lr):
+    x = torch.randn(3, 8, 6)
+    toys = []
+    for parts in (1, 4):
+        trained = Trained(Toy(), OptimiserSettings(lr=0.01, matrix_lr=matrix_lr, clip=0.3), updates=5)
+        for update in range(3):
+            losses = (Loss(error_of(trained.module, piece)) for piece in x[update].chunk(parts))
+            numbers = descend(trained, losses, update, count=parts)
+        toys.append((trained, numbers))
+    for a, b in zip(*(trained.module.parameters() for trained, _ in toys), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 if matrix_lr else 1e-6)
+    assert toys[0][1] == pytest.approx(toys[1][1], rel=1e-2)
+
+
+def test_the_average_begins_when_it_is_told_to():
+    trained = Trained(Toy(), OptimiserSettings(lr=0.1, ema=0.9, ema_from=2, warmup=1), updates=10)
+    weights = []
+    for update in range(5):
+        trained.update(error_of(trained.module, torch.randn(4, 6)), update)
+        weights.append(trained.module.head.weight.detach().clone())
+    expected = weights[2]
+    for later in weights[3:]:
+        expected = 0.9 * expected + 0.1 * later
+    torch.testing.assert_close(trained.averaged.head.weight, expected)
+    assert not trained.averaged.head.weight.requires_grad
+
+
+def test_weights_that_are_not_finite_stop_a_run_with_all_that_led_there(tmp_path):
+    trained = Trained(Toy(), OptimiserSettings(lr=0.1), updates=5)
+    before = trained.module.head.weight.detach().clone()
+
+    def step(iteration):
+        x = torch.full((2, 6), float("nan") if iteration == 2 else 1.0)
+        return descend(trained, [Loss(error_of(trained.module, x), batch={"x": x})], iteration, count=1)
+
+    loop = settings(tmp_path, save_seconds=0.0)
+    with pytest.raises(
+        NotFiniteError, match=r"loss is nan at update 2 \(iteration 2, rank 0\); what led there"
+    ):
+        run(loop, {"model": trained}, step, lambda path: None, recipe=Recipe(loop=loop))
+    dump = torch.load(tmp_path / "not_finite_000002_rank0.pt", weights_only=True)
+    assert dump["batch"]["x"].isnan().all()
+    assert dump["state"] == {"done": 2, "path": str(tmp_path / "last.pt")}
+    assert not torch.equal(trained.module.head.weight, before)
+    assert trained.module.head.weight.isfinite().all()
+
+
+def test_a_gradient_that_is_not_finite_is_named_and_not_followed():
+    trained = Trained(Toy(), OptimiserSettings(lr=0.1), updates=5)
+    before = trained.module.head.weight.detach().clone()
+    # The square root is finite at 0, and its slope is not.
+    loss = (trained.module.head.weight * 0).square().sum().sqrt()
+    with pytest.raises(
+        NotFiniteError, match=r"the gradient of head.weight and 0 more is not finite at update 3"
+    ):
+        trained.update(loss, 3)
+    assert torch.equal(trained.module.head.weight, before)
+
+
+def test_adapters_are_trained_saved_and_resumed_alone_and_the_core_reads_them(tmp_path):
+    from tiny import CONFIG
+
+    lora = LoraSettings(rank=2, alpha=4.0)
+    optimiser = OptimiserSettings(lr=0.05, lora=lora, warmup=1)
+
+    def made(iterations):
+        model = DemoModel(replace(CONFIG, text_length=16))
+        nn.init.normal_(model.network.head.head.weight, std=0.1)
+        trained = Trained(model, optimiser, updates=4)
+        noisy = torch.randn(1, CONFIG.channels, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+
+        def step(iteration):
+            velocity = model.bind(["a red circle moves up"]).whole(noisy, torch.full((1, 1), 0.5))
+            return descend(trained, [Loss(velocity.square().mean())], iteration, count=1)
+
+        loop = settings(tmp_path, iterations=iterations)
+        run(loop, {"model": trained}, step, lambda path: None, recipe=Recipe(loop=loop, optimiser=optimiser))
+        return trained
+
+    frozen = DemoModel(replace(CONFIG, text_length=16)).network.blocks[0].self_attn.q.weight
+    assert torch.equal(made(2).module.network.blocks[0].self_attn.q.base_layer.weight, frozen)
+    trained = made(4)
+    saved = read_averaged(tmp_path / "last.pt")
+    assert len(saved) == 2 * 10 * CONFIG.layers
+    assert all(".lora_" in name for name in saved)
+    with pytest.raises(ConfigError, match="holds adapters of a model, not a model"):
+        load_demo_model(tmp_path / "last.pt")
+    path = tmp_path / "adapter.safetensors"
+    export_adapters(saved, path, lora, dtype=torch.float32)
+    attention = trained.averaged.network.blocks[0].self_attn.q
+    with torch.no_grad():
+        change = attention(torch.eye(CONFIG.dim)) - attention.base_layer(torch.eye(CONFIG.dim))
+    merged = read_adapter(path, CONFIG).merged("blocks.0.self_attn.q.weight", frozen.detach())
+    assert change.abs().max() > 1e-4
+    torch.testing.assert_close(merged - frozen, change.T, rtol=1e-3, atol=1e-5)
+
+
+def test_adapters_that_fit_nothing_are_refused():
+    with pytest.raises(ConfigError, match=r"lora.targets is qkv; no matrix of a layer ends in one of them"):
+        Trained(Toy(), OptimiserSettings(lr=0.1, lora=LoraSettings(rank=2, targets=("qkv",))), updates=1)
+    with pytest.raises(ConfigError, match="rank -1 and alpha 0"):
+        LoraSettings(rank=-1)
+
+
+def test_a_run_made_before_a_setting_existed_goes_on_with_its_default(tmp_path):
+    loop = settings(tmp_path, effective_batch=8)
+    train(Recipe(loop=loop))
+    path = tmp_path / "last.pt"
+    state = torch.load(path, weights_only=True)
+    assert state["recipe"].pop("loop.seed") == "0"
+    torch.save(state, path)
+    train(Recipe(loop=replace(loop, iterations=6)))
+    torch.save(state, path)
+    with pytest.raises(ConfigError, match=r"holds a run with loop.seed = 0, and it is 1 now"):
+        train(Recipe(loop=replace(loop, seed=1)))
+
+
+def test_a_dry_run_tells_sizes_memory_and_time_and_writes_nothing(tmp_path, caplog):
+    from training import train_teacher
+
+    loop = settings(
+        tmp_path / "run", iterations=1000, dry_run=True, seconds_per_update=7.2, effective_batch=64
+    )
+    made = TeacherSettings(
+        loop=loop,
+        optimiser=OptimiserSettings(lr=1e-3),
+        autoencoder="sfpp_core/demo/autoencoder.safetensors",
+        latents=str(tmp_path / "latents"),
+    )
+    with caplog.at_level(logging.INFO):
+        train_teacher.main(made)
+    assert "clips: (16, 16, 21, 8, 8)" in caplog.text
+    assert "effective batch 64: 1 ranks x 4 pieces x batch 16" in caplog.text
+    assert "1,000 iterations, 2.0 hours at 7.2 s each" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_forecast_counts_what_a_rank_holds():
+    with torch.device("meta"):
+        trained = Trained(nn.Linear(1000, 1000, bias=False), OptimiserSettings(lr=1e-3), updates=1)
+    alone, shared = forecast(trained, 1), forecast(trained, 4)
+    assert (alone.weights, alone.gradients, alone.optimisers, alone.averaged) == (4e6, 4e6, 8e6, 4e6)
+    # A quarter of each in shards; whole weights and whole gradients while a loss is computed.
+    assert (shared.optimisers, shared.gradients) == (2e6, 5e6)
+    plan = Plan(pieces=Pieces(batch=1, effective=8, ranks=4), held={"teacher": 3_000_000})
+    told = "\n".join(report({"model": trained}, plan, ranks=4, iterations=10, pace=None))
+    assert "1,000,000 parameters, 1,000,000 of them trained" in told
+    assert "in all 20 MB on each of 4 ranks" in told
+    assert "effective batch 8: 4 ranks x 2 pieces x batch 1" in told
+    assert "time unknown: give loop.seconds_per_update" in told
+
+
+def test_numbers_reach_tensorboard_and_the_log(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(Recipe(loop=settings(tmp_path, effective_batch=8, tensorboard=True)))
+    board = EventAccumulator(str(tmp_path))
+    board.Reload()
+    assert {"loss", "norm", "seconds", "drift"} <= set(board.Tags()["scalars"])
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert board.Scalars("loss")[0].value == pytest.approx(lines[0]["loss"])
+
+
+def test_without_tensorboard_the_log_is_kept_and_the_rest_is_told(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("training.journal.importlib.util.find_spec", lambda name: None)
+    with caplog.at_level(logging.INFO):
+        train(Recipe(loop=settings(tmp_path, effective_batch=8, tensorboard=True)))
+    assert "TensorBoard is not installed (pip install tensorboard)" in caplog.text
+    assert (tmp_path / "log.jsonl").exists()
+    with pytest.raises(
+        ConfigError, match=r"loop.wandb is 'mine', and the package is not installed: pip install"
+    ):
+        settings(tmp_path, wandb="mine")
+
+
+def test_options_of_every_stage(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text(
+        'autoencoder = "a"\nlatents = "runs/l"\n'
+        '[loop]\nout = "elsewhere/t"\niterations = 900\n[optimiser]\nlr = 1'
+    )
+    made = load(TeacherSettings, [str(path), "--smoke", "loop.iterations=2", "--dry-run"], stage="x")
+    assert (made.loop.out, made.latents) == ("runs/smoke/t", "runs/smoke/l")
+    assert (made.loop.iterations, made.batch, made.loop.dry_run) == (2, 2, True)
+    with pytest.raises(ConfigError, match=r"x has no option --smok; known options: --dry-run, --smoke"):
+        load(TeacherSettings, [str(path), "--smok"], stage="x")
+
+
+def test_a_run_that_is_not_there_is_said_so(tmp_path):
+    with pytest.raises(ConfigError, match=r"last.pt does not exist; run the stage that writes it first"):
+        read_averaged(tmp_path / "last.pt")

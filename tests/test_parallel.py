@@ -1,0 +1,134 @@
+"""Several ranks train as one: the same numbers, states that any number of them continues, a clear end."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ranked import Recipe, train
+
+from training.config import ConfigError
+from training.loop import LoopSettings
+from training.parallel import Pieces
+from training.state import newest, read_averaged
+
+ROOT = Path(__file__).parent.parent
+PROGRAM = str(ROOT / "tests" / "ranked.py")
+PLACE = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+
+
+def start(ranks, out, *, loop, **options):
+    """Start the toy's training on some ranks without torchrun's watching process, which costs seconds."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    words = [sys.executable, PROGRAM, str(out), json.dumps({"loop": loop, **options})]
+    place = {**PLACE, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        subprocess.Popen(
+            words, env={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE
+        )
+        for rank in range(ranks)
+    ]
+
+
+def end(processes):
+    """Wait for all ranks; return their exit codes and what each told."""
+    told = [process.communicate(timeout=240)[1].decode() for process in processes]
+    return [process.returncode for process in processes], told
+
+
+def alone(out, **loop):
+    """Train the toy in this process."""
+    settings = LoopSettings(out=str(out), device="cpu", effective_batch=8, tensorboard=False, **loop)
+    return train(Recipe(loop=settings))
+
+
+def compare(one, other):
+    """Check that two runs made the same weights, up to the order of sums."""
+    a, b = read_averaged(one / "last.pt"), read_averaged(other / "last.pt")
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=2e-4, atol=2e-5, msg=name)
+
+
+def test_two_ranks_train_as_one_and_one_goes_on_from_there(tmp_path):
+    codes, told = end(start(2, tmp_path / "ranks", loop={"iterations": 6, "sample_every": 3}))
+    assert codes == [0, 0], told
+    alone(tmp_path / "whole", iterations=6, sample_every=3)
+    assert [path.name for path in sorted((tmp_path / "ranks").glob("last*"))] == ["last-000006"]
+    compare(tmp_path / "whole", tmp_path / "ranks")
+    for folder in ("whole", "ranks"):
+        drift = float((tmp_path / folder / "sample_000006.png").read_text())
+        lines = [json.loads(line) for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()]
+        assert [line.get("drift") for line in lines if line["iteration"] == 6] == [None, drift]
+    alone(tmp_path / "whole", iterations=10)
+    alone(tmp_path / "ranks", iterations=10)
+    assert [path.name for path in sorted((tmp_path / "ranks").glob("last*"))] == ["last.pt"]
+    compare(tmp_path / "whole", tmp_path / "ranks")
+
+
+@pytest.mark.slow
+def test_the_state_of_two_ranks_goes_on_on_four_and_that_of_one_on_two(tmp_path):
+    alone(tmp_path / "whole", iterations=10)
+    alone(tmp_path / "ranks", iterations=3)
+    for ranks, iterations in ((2, 6), (4, 10)):
+        codes, told = end(start(ranks, tmp_path / "ranks", loop={"iterations": iterations}))
+        assert codes == [0] * ranks, told
+        assert newest(tmp_path / "ranks" / "last.pt").name == f"last-{iterations:06d}"
+    compare(tmp_path / "whole", tmp_path / "ranks")
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_job_and_leaves_a_state(tmp_path):
+    """The real launcher: it must see the end too, and not wait."""
+    options = {"loop": {"iterations": 10, "save_seconds": 0}, "until": 5, "failing": 1}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [*launcher, PROGRAM, str(tmp_path / "ranks"), json.dumps(options)]
+    result = subprocess.run(words, env=PLACE, capture_output=True, text=True, timeout=240)
+    assert result.returncode != 0
+    assert "rank 0 lost another rank in iteration 5" in result.stderr
+    assert "Start the same command again to continue, on any number of ranks" in result.stderr
+    done = json.loads((newest(tmp_path / "ranks" / "last.pt") / "notes.json").read_text())["done"]
+    assert done >= 4
+    alone(tmp_path / "ranks", iterations=10)
+    alone(tmp_path / "whole", iterations=10)
+    compare(tmp_path / "whole", tmp_path / "ranks")
+
+
+@pytest.mark.slow
+def test_one_rank_told_to_stop_stops_all_at_the_same_update(tmp_path):
+    processes = start(2, tmp_path, loop={"iterations": 100_000})
+    log = tmp_path / "log.jsonl"
+    while not log.exists():
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.2)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, told = end(processes)
+    assert codes == [1, 1]
+    stops = {line for text in told for line in text.splitlines() if line.startswith("stopped at")}
+    assert len(stops) == 1
+    done = json.loads((newest(tmp_path / "last.pt") / "notes.json").read_text())["done"]
+    assert stops == {f"stopped at iteration {done} of 100000; run again to continue."}
+
+
+def test_the_pieces_of_all_ranks_are_those_of_one(monkeypatch):
+    whole = [piece for iteration in range(3) for piece in Pieces(batch=2, effective=8).of(iteration)]
+    assert whole == list(range(12))
+    shared = Pieces(batch=2, effective=8, ranks=2)
+    assert (shared.per_update, shared.per_rank) == (4, 2)
+    seen = []
+    for rank in range(2):
+        monkeypatch.setattr("training.parallel.rank", lambda rank=rank: rank)
+        seen += [piece for iteration in range(3) for piece in shared.of(iteration)]
+    assert sorted(seen) == whole
+    with pytest.raises(
+        ConfigError, match=r"effective_batch is 6; with 2 ranks and batch 2 it must be a multi"
+    ):
+        Pieces(batch=2, effective=6, ranks=2)

@@ -1,0 +1,216 @@
+"""The saved state of a run: everything needed to go on, bit for bit.
+
+One process writes a file, ``last.pt``. Several write a folder, ``last-000120``, each its own shards, while
+training goes on. Either is continued by any number of ranks; whoever saves next replaces it. What reads a run
+is given the name ``last.pt`` and finds whichever there is.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from training import parallel
+from training.averaging import plain
+from training.config import ConfigError
+from training.trained import Trained
+
+logger = logging.getLogger(__name__)
+
+FILE = "last.pt"
+"""What one process writes."""
+
+_NOTES = "notes.json"
+_PARTIAL = ".partial"
+
+
+def newest(path: Path) -> Path | None:
+    """Return the newest saved state beside ``path``, a ``last.pt``: a file, or a folder of shards.
+
+    Two exist only if a run was killed between writing one and removing the other; either is a state of it.
+    """
+    if path.is_file():
+        return path
+    folders = (folder for folder in path.parent.glob("last-*") if folder.suffix != _PARTIAL)
+    return max(folders, default=None)
+
+
+class Saver:
+    """Writes the states of one run.
+
+    Use::
+
+        saver = Saver(out, parts)
+        done, notes = saver.resume()
+        saver.save(notes)               # several ranks: returns while the files are being written
+        saver.finish()
+    """
+
+    def __init__(self, out: Path, parts: Mapping[str, Trained[Any]]) -> None:
+        """Save ``parts``, by name, in the folder ``out``."""
+        self._out, self._parts = out, parts
+        self._pending: tuple[Future[Any], Path] | None = None
+        self._group: Any = None
+        self.saved: tuple[int, Path] | None = None
+        """Updates in the last complete state, and where it is."""
+
+    def resume(self, recipe: Mapping[str, str], defaults: Mapping[str, str]) -> tuple[int, float]:
+        """Restore every part; return the updates done and the seconds spent.
+
+        Raises:
+            ConfigError: The state is of a run with other settings.
+        """
+        if parallel.rank() == 0:
+            for stale in self._out.glob(f"last-*{_PARTIAL}"):
+                shutil.rmtree(stale)
+        parallel.agree(False)
+        path = newest(self._out / FILE)
+        if path is None:
+            return 0, 0.0
+        state = (
+            _read_file(path, lazily=parallel.ranks() > 1)
+            if path.is_file()
+            else json.loads((path / _NOTES).read_text())
+        )
+        _check_recipe(self._out, state["recipe"], recipe, defaults)
+        if path.is_dir():
+            from torch.distributed.checkpoint.state_dict_loader import load
+
+            parts = {name: part.state_dict() for name, part in self._parts.items()}
+            load(parts, checkpoint_id=path, no_dist=parallel.ranks() == 1)
+            state |= parts
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
+        logger.info("continuing %s at iteration %d", self._out, state["done"])
+        self.saved = state["done"], path
+        return state["done"], state["seconds"]
+
+    def save(self, notes: Mapping[str, Any]) -> None:
+        """Write the state of every part and ``notes``, whole or not at all."""
+        state = {name: part.state_dict() for name, part in self._parts.items()}
+        if parallel.ranks() == 1:
+            path = self._out / FILE
+            partial = path.with_suffix(_PARTIAL)
+            torch.save({**state, **notes}, partial)
+            os.replace(partial, path)  # noqa: PTH105 - atomic on every system
+            self._replaced(notes["done"], path)
+        else:
+            self._save_shards(state, notes)
+
+    def _save_shards(self, state: dict[str, Any], notes: Mapping[str, Any]) -> None:
+        """Begin to write a folder of shards."""
+        import torch.distributed as dist
+        from torch.distributed.checkpoint.state_dict_saver import async_save
+
+        self.finish()
+        if self._group is None:
+            # A group of its own: its messages would otherwise meet those of the training.
+            self._group = dist.new_group(backend="gloo", timeout=parallel.PATIENCE)
+        final = self._out / f"last-{notes['done']:06d}"
+        partial = final.with_suffix(_PARTIAL)
+        if parallel.rank() == 0:
+            partial.mkdir()
+            (partial / _NOTES).write_text(json.dumps(notes))
+        copied = _copied(state)
+        future = async_save(copied, checkpoint_id=partial, process_group=self._group)
+        self._pending = cast("Future[Any]", future), final
+
+    def poll(self) -> None:
+        """Put what is completely written in the place of what was there before."""
+        if self._pending and self._pending[0].done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until what was begun is written."""
+        if self._pending:
+            future, final = self._pending
+            future.result()
+            self._pending = None
+            if parallel.rank() == 0:
+                final.with_suffix(_PARTIAL).rename(final)
+                self._replaced(int(final.name.removeprefix("last-")), final)
+            self.saved = int(final.name.removeprefix("last-")), final
+
+    def _replaced(self, done: int, path: Path) -> None:
+        """Remove what ``path`` replaces."""
+        self.saved = done, path
+        for other in (self._out / FILE, *self._out.glob("last-*")):
+            if other == path or other.suffix == _PARTIAL:
+                continue
+            if other.is_dir():
+                shutil.rmtree(other)
+            else:
+                other.unlink(missing_ok=True)
+
+
+def _copied(state: Any) -> Any:
+    """Return nested ``state`` with every tensor copied, so that training may go on."""
+    if isinstance(state, Mapping):
+        return {name: _copied(value) for name, value in state.items()}
+    if isinstance(state, list):
+        return [_copied(value) for value in state]
+    return state.detach().clone() if isinstance(state, Tensor) else state
+
+
+def _read_file(path: Path, *, lazily: bool) -> dict[str, Any]:
+    """Return all a file holds; ``lazily`` reads a tensor when it is used, and holds on to the file."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
+
+
+def _check_recipe(
+    out: Path, before: Mapping[str, str], recipe: Mapping[str, str], defaults: Mapping[str, str]
+) -> None:
+    """Refuse to go on with other settings; a setting the earlier run did not know had its default."""
+    for name in sorted(before.keys() | recipe.keys()):
+        was = before.get(name, defaults.get(name))
+        if was != recipe.get(name):
+            raise ConfigError(
+                f"{out} holds a run with {name} = {was}, and it is {recipe.get(name)} now; put it back to "
+                "continue, or choose another folder."
+            )
+
+
+def read_averaged(path: Path, *, name: str = "model") -> dict[str, Tensor]:
+    """Return the averaged weights of one part of a run, finished or not.
+
+    Args:
+        path: ``last.pt`` in the folder of the run; it need not exist if the run left shards.
+        name: Which part: ``model`` is the one every stage has.
+
+    Raises:
+        ConfigError: There is no saved state, or it has no such part.
+    """
+    found = newest(path)
+    if found is None:
+        raise ConfigError(f"{path} does not exist; run the stage that writes it first.")
+    if found.is_dir():
+        averaged: dict[str, Any] = _averaged_in_shards(found, name)
+    else:
+        averaged = _read_file(found, lazily=True).get(name, {}).get("averaged", {})
+    if not averaged:
+        raise ConfigError(f"{found} holds no {name!r}.")
+    return plain(averaged)
+
+
+def _averaged_in_shards(folder: Path, name: str) -> dict[str, Tensor]:
+    """Return the averaged weights in a folder of shards, whole."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    prefix = f"{name}.averaged."
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    whole = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in stored.items()
+        if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    }
+    load(cast("dict[str, Any]", whole), checkpoint_id=folder, no_dist=True)
+    return {key.removeprefix(prefix): tensor for key, tensor in whole.items()}
