@@ -28,7 +28,8 @@ scale = comfy.latent_formats.Wan22() if kind.endswith("2.2") else comfy.latent_f
 if kind.startswith("tiny"):
     vae = comfy.taesd.taehv.TAEHV(latent_channels=scale.latent_channels, parallel=True)
     wanted = vae.state_dict()
-    vae.load_state_dict(wanted | {name: tensors[name].float() for name in wanted if name.startswith("decoder.")})
+    decoder = {name: tensors[name].float() for name in wanted if name.startswith("decoder.")}
+    vae.load_state_dict(wanted | decoder)
     decode = lambda latents: vae.decode(latents)
 else:
     module = comfy.ldm.wan.vae2_2 if kind.endswith("2.2") else comfy.ldm.wan.vae
