@@ -155,8 +155,8 @@ class SFPPLongSampler(io.ComfyNode):
                     step=1.0,
                     round=0.01,
                     tooltip="Length at 16 frames per second, 24 of Wan 2.2 of 5B; after a start, what is "
-                    "added to it. Video memory does not grow with it; finished latents stay in main memory, 97 MB "
-                    "per minute of 832x480.",
+                    "added to it. Video memory does not grow with it; finished latents stay in main memory, "
+                    "97 MB per minute of 832x480.",
                 ),
                 io.Int.Input(
                     "video_seed",

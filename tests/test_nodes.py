@@ -10,7 +10,7 @@ import pack
 import pytest
 import torch
 
-from sfpp_core.config import WAN_1_3B, RolloutSettings
+from sfpp_core.config import WAN_1_3B, WAN_5B, RolloutSettings
 from sfpp_core.geometry import VideoGeometry, frames_in
 from sfpp_core.kv_cache import CacheShape
 from sfpp_core.video import video_info
@@ -273,6 +273,15 @@ def test_the_numbers_in_the_help_pages_are_right():
     cache = CacheShape.of(WAN_1_3B, geometry, RolloutSettings())
     assert round(cache.numbers * 2 / 1e9, 1) == 6.0
     assert round(geometry.frames * geometry.width * geometry.height * 3 * 4 / 1e9, 1) == 4.6
+    large = VideoGeometry(width=1280, height=704, frames=1440, stride=16, fps=24)
+    cache = CacheShape.of(WAN_5B, large, RolloutSettings())
+    assert round(cache.numbers * 2 / 1e9, 1) == 6.8
+    assert round(large.chunks * torch.empty(48, *large.chunk_shape).nbytes / 1e6) == 245
+    pages = [
+        (pack.ROOT / f"nodes/web/docs/SFPP{name}.md").read_text() for name in ("CacheSettings", "LongSampler")
+    ]
+    assert "Wan 2.2 5B at 1280 x 704 needs 6.8 GB" in pages[0]
+    assert "Wan 2.2 5B keeps 245 MB per minute of 1280 x 704" in pages[1]
 
 
 def test_the_main_memory_of_the_latents_is_as_the_user_is_told():
