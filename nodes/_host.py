@@ -162,13 +162,19 @@ def load(models: Sequence[Any], memory: float) -> None:
 
 
 def from_host_latent(latent: Tensor) -> Tensor:
-    """Return a latent of the host's scale normalised, with Wan's constants."""
-    return comfy.latent_formats.Wan21().process_in(latent)
+    """Return a latent ``(B, C, ...)`` of the host's scale normalised, with the constants of its Wan."""
+    return _latent_format(latent).process_in(latent)
 
 
 def to_host_latent(latent: Tensor) -> Tensor:
-    """Return a normalised latent at the host's scale, with Wan's constants."""
-    return comfy.latent_formats.Wan21().process_out(latent)
+    """Return a normalised latent ``(B, C, ...)`` at the host's scale, with the constants of its Wan."""
+    return _latent_format(latent).process_out(latent)
+
+
+def _latent_format(latent: Tensor) -> Any:
+    """Return core's format of latents with so many channels: models of 48 have another than those of 16."""
+    formats = (comfy.latent_formats.Wan21, comfy.latent_formats.Wan22)
+    return next(kind for kind in formats if kind.latent_channels == latent.shape[1])()
 
 
 def stop_if_cancelled() -> None:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ..sfpp_core.errors import SettingsError
-from ..sfpp_core.geometry import FPS, SPATIAL_STRIDE
+from ..sfpp_core.geometry import FPS
+from ..sfpp_core.latent_space import WAN_2_1, LatentSpace
 from ..sfpp_core.outputs import SHOWN_SIDE, automatic_enlargement, check_enlargement
 from ..sfpp_core.video import check_output, forecast_bytes, open_writer
 from . import _host
 from ._host import io
-from .host_decoder import PreviewStream, Stream, stream_of
+from .host_decoder import MADE_FOR, PreviewStream, Stream, stream_of
 from .lazy_latent import ChunkSource, source_of
 from .pace import Pace
 from .plain_errors import plain_errors
@@ -50,8 +51,8 @@ class SFPPDecodeToVideo(io.ComfyNode):
             inputs=[
                 io.Latent.Input(
                     "samples",
-                    tooltip="From the Long Sampler, which is asked for one chunk after the other. Other Wan "
-                    "2.1 latents work too.",
+                    tooltip="From the Long Sampler, which is asked for one chunk after the other. Other "
+                    "latents of Wan work too.",
                 ),
                 io.String.Input(
                     "filename_prefix",
@@ -79,7 +80,7 @@ class SFPPDecodeToVideo(io.ComfyNode):
                     "vae",
                     optional=True,
                     tooltip="Quality: the Wan 2.1 VAE. Fast: a tiny VAE for Wan 2.1 (taew2_1, lighttaew2_1). "
-                    "The demo has its own. May be left open for a preview.",
+                    "For Wan 2.2 of 5B those of Wan 2.2. The demo has its own. Open: for a preview.",
                 ),
                 io.Combo.Input(
                     "decoder",
@@ -105,7 +106,8 @@ class SFPPDecodeToVideo(io.ComfyNode):
                 io.Video.Output(display_name="VIDEO", tooltip="The MP4. Nothing of it is kept in memory."),
                 io.Image.Output(
                     display_name="IMAGE",
-                    tooltip="The frames, not enlarged, of a video up to image_seconds long. 16 per second.",
+                    tooltip="The frames, not enlarged, of a video up to image_seconds long. 16 per second, "
+                    "24 of Wan 2.2 of 5B.",
                 ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -125,47 +127,51 @@ class SFPPDecodeToVideo(io.ComfyNode):
         tile: int = 0,
     ) -> io.NodeOutput:
         """Write the video, and return it with its frames if they are few."""
-        source, stream = source_of(samples), chosen_stream(vae, decoder, tile)
+        source = source_of(samples)
+        stream = chosen_stream(vae, decoder, tile, source.space)
         width, height = source.size
         enlarge = enlarge or automatic_enlargement(width, height)
         check_enlargement(enlarge, width=width, height=height)
         path, subfolder = _host.output_file(filename_prefix, width * enlarge, height * enlarge, ".mp4")
-        images = [] if source.frames <= 1 + image_seconds * FPS else None
+        images = [] if source.frames <= 1 + image_seconds * source.space.fps else None
         try:
             with closing(decoded(source, stream, None if decoder == PREVIEW else vae)) as frames:
                 write_video(path, frames, source, enlarge=enlarge, images=images)
         finally:
             _host.seal(path, _host.metadata_of(cls))
         pictures = (
-            _host.blocked(too_long(source.frames, image_seconds)) if images is None else as_images(images)
+            _host.blocked(too_long(source.frames, image_seconds, fps=source.space.fps))
+            if images is None
+            else as_images(images)
         )
         return io.NodeOutput(_host.video(path), pictures, ui=_host.player(path, subfolder))
 
 
-def chosen_stream(vae: Any, decoder: str, tile: int) -> Stream:
+def chosen_stream(vae: Any, decoder: str, tile: int, space: LatentSpace = WAN_2_1) -> Stream:
     """Return a fresh decoder.
 
     Args:
         vae: What is connected, or ``None``.
         decoder: ``VAE`` or ``PREVIEW``.
         tile: Side of the squares to decode in, in pixels; 0 for whole pictures.
+        space: Where the latents to decode live, once they are normalised.
 
     Raises:
         SettingsError: A VAE is needed and none is connected, or it is made for other latents.
     """
     if decoder == PREVIEW:
-        return PreviewStream()
+        return PreviewStream(space)
     if vae is None:
         raise SettingsError(
-            "no VAE is connected; connect the Wan 2.1 VAE (Load VAE), or set decoder to preview."
+            f"no VAE is connected; connect {MADE_FOR[space.name]} with Load VAE, or set decoder to preview."
         )
-    return stream_of(vae, tile=tile // SPATIAL_STRIDE)
+    return stream_of(vae, space=space, tile=tile)
 
 
-def too_long(frames: int, limit: float) -> str:
+def too_long(frames: int, limit: float, *, fps: int = FPS) -> str:
     """Return what the user is told who reads IMAGE of a long video."""
     return (
-        f"IMAGE is given for videos up to {limit:g} s and this one has {frames / FPS:g} s; connect VIDEO "
+        f"IMAGE is given for videos up to {limit:g} s and this one has {frames / fps:g} s; connect VIDEO "
         "instead, or raise image_seconds on Decode to Video if the memory allows."
     )
 
@@ -189,12 +195,12 @@ def write_video(
     path: Path, video: Iterator[Tensor], source: ChunkSource, *, enlarge: int, images: list[Tensor] | None
 ) -> None:
     """Write ``video``, the frames of ``source`` by chunks, to ``path``, and collect them in ``images``."""
-    width, height = source.size
+    (width, height), fps = source.size, source.space.fps
     size = forecast_bytes(path, frames=source.frames, width=width, height=height, enlarge=enlarge)
     check_output(path, expected_bytes=size)
     pace = Pace(source.total_chunks, kept=source.kept)
     _host.say("starting")
-    writer = open_writer(path, width=width, height=height, fps=FPS, enlarge=enlarge)
+    writer = open_writer(path, width=width, height=height, fps=fps, enlarge=enlarge)
     try:
         with _host.Progress(source.total_chunks, source.maker) as progress, writer:
             for frames in video:
@@ -205,7 +211,7 @@ def write_video(
                 progress.show(pace.done, text, partial(magnified, frames[-1], enlarge))
     finally:
         if pace.done < source.total_chunks and writer.frames_written:
-            kept = f"{writer.frames_written / FPS:.1f} s of {source.frames / FPS:.1f} s"
+            kept = f"{writer.frames_written / fps:.1f} s of {source.frames / fps:.1f} s"
             logger.warning(
                 "Stopped early: %s are in %s. Queue again to go on after the last chunk.", kept, path
             )

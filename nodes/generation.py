@@ -12,29 +12,32 @@ from ..sfpp_core.cache_shape import StorageKind
 from ..sfpp_core.config import RolloutSettings, StudentConfig
 from ..sfpp_core.errors import CheckpointError, NumericsError
 from ..sfpp_core.geometry import TEMPORAL_STRIDE, VideoGeometry
+from ..sfpp_core.latent_space import LatentSpace
 from ..sfpp_core.sampler import LongSampler
 from ..sfpp_core.student import CausalStudent
 from . import _host
+from .lazy_latent import SPACES
 from .memory import memory_needed
 from .pace import Pace
 from .plain_errors import plain_errors
 from .start import Start
 
-TEXT_TO_VIDEO = {"WAN21", "WAN21_CausalAR"}
-"""Core's names for the models a student can be: plain Wan 2.1, and Wan 2.1 marked as causal in its file."""
+TEXT_TO_VIDEO = {"WAN21": 16, "WAN21_CausalAR": 16, "WAN22": 48}
+"""Core's names for the models a student can be, and their latent channels: plain Wan 2.1, to which Wan 2.2 of
+14B belongs; Wan 2.1 marked as causal in its file; and Wan 2.2 of 5B."""
 
 
 def architecture(model: Any, *, text_length: int) -> StudentConfig:
     """Return the architecture of a loaded MODEL.
 
     Raises:
-        CheckpointError: It is no Wan 2.1 text-to-video model.
+        CheckpointError: It is no text-to-video model of Wan.
     """
     kind = type(model.model).__name__
     if kind not in TEXT_TO_VIDEO:
         raise CheckpointError(
-            f"this MODEL is of the kind {kind}; the Long Sampler needs a Wan 2.1 text-to-video model "
-            "distilled with Self-Forcing. Load one with Load Student or Load Diffusion Model."
+            f"this MODEL is of the kind {kind}; the Long Sampler needs a text-to-video model of "
+            "Wan distilled with Self-Forcing. Load one with Load Student or Load Diffusion Model."
         )
     network = model.model.diffusion_model
     channels = (network.in_dim, network.out_dim)
@@ -43,15 +46,17 @@ def architecture(model: Any, *, text_length: int) -> StudentConfig:
             f"this Wan model is of the type {network.model_type} and expects pictures; "
             "the Long Sampler needs a text-to-video one."
         )
-    if channels != (16, 16):
+    wanted = TEXT_TO_VIDEO[kind]
+    if channels != (wanted, wanted):
         raise CheckpointError(
-            f"this Wan model has {channels} latent channels; the Long Sampler needs (16, 16)."
+            f"this Wan model has {channels} latent channels; the Long Sampler needs ({wanted}, {wanted})."
         )
     return StudentConfig(
         dim=network.dim,
         ffn_dim=network.ffn_dim,
         heads=network.num_heads,
         layers=len(network.blocks),
+        channels=wanted,
         text_dim=network.text_dim,
         text_length=text_length,
         freq_dim=network.freq_dim,
@@ -99,6 +104,7 @@ class Generation:
         self.settings = settings
         self.seed = seed
         self.start = start
+        self.space: LatentSpace = SPACES[config.channels]
         self.storage: StorageKind = storage
         self._finished: list[Tensor] = []
         self._recipe: tuple[Any, StudentConfig, Tensor] | None = (model, config, embeddings)

@@ -9,15 +9,22 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle
 
 from ..sfpp_core.errors import SettingsError
-from ..sfpp_core.latent_space import WAN_2_1
+from ..sfpp_core.latent_space import WAN_2_1, WAN_2_2, LatentSpace
 from ..sfpp_core.preview_decoder import PreviewDecoder
 from ._host import from_host_latent, load
 from .tiles import TiledStream
 
 OVERLAP = 8
 """Latent frames decoded again before each chunk where an autoencoder cannot stream: all a tiny one sees."""
+
+MADE_FOR = {
+    WAN_2_1.name: "the Wan 2.1 VAE (wan_2.1_vae.safetensors) or a tiny one made for Wan 2.1",
+    WAN_2_2.name: "the Wan 2.2 VAE (wan2.2_vae.safetensors) or a tiny one made for Wan 2.2",
+}
+"""What decodes latents, by the name of their space."""
 
 logger = logging.getLogger(__name__)
 
@@ -30,30 +37,31 @@ class Stream(Protocol):
         ...
 
 
-def stream_of(vae: Any, *, tile: int = 0) -> Stream:
-    """Return a fresh stream of ``vae``, the demo's decoder or any of core's for Wan 2.1.
+def stream_of(vae: Any, *, space: LatentSpace = WAN_2_1, tile: int = 0) -> Stream:
+    """Return a fresh stream of ``vae``, the demo's decoder or any of core's for Wan.
 
     Args:
         vae: The host's VAE, or the demo's.
-        tile: Side in latent cells of the squares that a picture is decoded in; 0 decodes it whole. The demo's
+        space: Where the latents to decode live, once they are normalised.
+        tile: Side in pixels of the squares that a picture is decoded in; 0 decodes it whole. The demo's
             decoder is always whole.
 
     Raises:
         SettingsError: The autoencoder is not made for these latents.
     """
-    if hasattr(vae, "stream"):
-        return vae.stream()
     vae.throw_exception_if_invalid()
-    if vae.latent_channels != 16 or vae.latent_dim != 3:
+    if vae.latent_channels != space.channels or vae.latent_dim != 3:
         raise SettingsError(
             f"this VAE has {vae.latent_channels} latent channels and decodes {vae.latent_dim - 1}-D latents; "
-            "use the Wan 2.1 VAE (wan_2.1_vae.safetensors) or a tiny one made for Wan 2.1."
+            f"the video has {space.channels}: use {MADE_FOR[space.name]}."
         )
+    if hasattr(vae, "stream"):
+        return vae.stream()
     kind = type(vae.first_stage_model).__name__
-    stream = STREAMS.get(kind, OverlapStream)
+    stream = STREAMS.get((kind, space.name), OverlapStream)
     if stream is OverlapStream:
         logger.info("%s cannot be streamed exactly; chunks overlap.", kind)
-    return TiledStream(lambda: stream(vae), tile) if tile else stream(vae)
+    return TiledStream(lambda: stream(vae), tile, space.spatial_stride) if tile else stream(vae)
 
 
 class WanStream:
@@ -104,11 +112,24 @@ class WanStream:
         return torch.cat(out, dim=2) if isinstance(out, list) else out
 
 
+class Wan22Stream(WanStream):
+    """Core's Wan 2.2 autoencoder, which is told where a video begins, and draws squares of four pixels."""
+
+    _step = 1
+
+    def _pass(self, part: Tensor) -> Tensor:
+        """Run the decoder over one latent frame ``(1, C, 1, h, w)``; it keeps the features itself."""
+        first = all(feature is None for feature in self._features)
+        out = self._model.decoder(part, feat_cache=self._features, feat_idx=[0], first_chunk=first)
+        # The four are numbered column by column, where PyTorch would have them row by row.
+        return pixel_shuffle(out.movedim(2, 1).mT, 2).mT.movedim(1, 2)
+
+
 class PreviewStream:
     """No autoencoder: one colour per latent cell, for rough pictures at once."""
 
-    def __init__(self) -> None:
-        self._decoder = PreviewDecoder(WAN_2_1)
+    def __init__(self, space: LatentSpace = WAN_2_1) -> None:
+        self._decoder = PreviewDecoder(space)
 
     def decode(self, chunk: Tensor) -> Tensor:
         """Return the frames of the next chunk."""
@@ -133,6 +154,7 @@ class TinyStream:
         x = latent.to(device=vae.device, dtype=vae.vae_dtype)
         frames = torch.cat([self._pass(part.squeeze(2)) for part in x.split(1, dim=2)])[self._surplus :]
         self._surplus = 0
+        frames = pixel_shuffle(frames, getattr(self._model, "patch_size", 1))
         return vae.process_output(frames.float()).clamp(0, 1).cpu()
 
     def park(self) -> None:
@@ -169,5 +191,10 @@ class OverlapStream:
         """Do nothing: what is remembered is small, and in main memory."""
 
 
-STREAMS = {"WanVAE": WanStream, "TAEHV": TinyStream}
-"""Core's names for the autoencoders that can be streamed exactly."""
+STREAMS = {
+    ("WanVAE", WAN_2_1.name): WanStream,
+    ("WanVAE", WAN_2_2.name): Wan22Stream,
+    ("TAEHV", WAN_2_1.name): TinyStream,
+    ("TAEHV", WAN_2_2.name): TinyStream,
+}
+"""The autoencoders that can be streamed exactly: core's name, and the latents it is for."""

@@ -11,10 +11,14 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..sfpp_core.errors import GeometryError
-from ..sfpp_core.geometry import SPATIAL_STRIDE, TEMPORAL_STRIDE
+from ..sfpp_core.geometry import TEMPORAL_STRIDE
+from ..sfpp_core.latent_space import WAN_2_1, WAN_2_2, LatentSpace
 
 SAMPLES = "samples"
 """Key of the latent itself, as everywhere in the host."""
+
+SPACES = {space.channels: space for space in (WAN_2_1, WAN_2_2)}
+"""Where the host's latents live, by their channels. Those of the demo are scaled as Wan 2.1's."""
 
 
 class ChunkSource(Protocol):
@@ -22,6 +26,11 @@ class ChunkSource(Protocol):
 
     maker: str | None
     """Id of the node that made it, for the preview."""
+
+    @property
+    def space(self) -> LatentSpace:
+        """Where its latents live, once they are normalised."""
+        ...
 
     @property
     def frames(self) -> int:
@@ -71,21 +80,27 @@ class Finished:
         """Take one video, ``(1, C, T, h, w)``.
 
         Raises:
-            GeometryError: The latent is of pictures, or of several videos.
+            GeometryError: The latent is of pictures, of several videos, or of another kind of model.
         """
         if samples.ndim != 5 or samples.shape[0] != 1:
             raise GeometryError(
                 f"samples have shape {tuple(samples.shape)}; one video is decoded at a time, "
                 "(1, channels, latent frames, height, width)."
             )
+        if samples.shape[1] not in SPACES:
+            raise GeometryError(
+                f"samples have {samples.shape[1]} latent channels; those of Wan have 16, or 48 for Wan 2.2 "
+                "of 5B."
+            )
         self.maker: str | None = None
         self._samples = samples
-        self.channels = samples.shape[1]
+        self.space = SPACES[samples.shape[1]]
         self.latent_frames = samples.shape[2]
         self.frames = 1 + TEMPORAL_STRIDE * (samples.shape[2] - 1)
         self.total_chunks = -(-samples.shape[2] // self.LATENT_FRAMES)
         self.kept = 0  # nothing is made here: the pace is the decoder's
-        self.size = (samples.shape[4] * SPATIAL_STRIDE, samples.shape[3] * SPATIAL_STRIDE)
+        stride = self.space.spatial_stride
+        self.size = (samples.shape[4] * stride, samples.shape[3] * stride)
 
     def chunks(self, *, beside: Sequence[Any] = ()) -> Generator[Tensor]:  # noqa: ARG002 - nothing is loaded here
         """Yield the latent in pieces."""
@@ -100,7 +115,7 @@ def source_of(latent: dict[str, Any]) -> ChunkSource:
     """Return where the chunks of any LATENT come from.
 
     Raises:
-        GeometryError: The latent is of pictures, or of several videos.
+        GeometryError: The latent is of pictures, of several videos, or of another kind of model.
     """
     if isinstance(latent, LazyLatent) and latent.waiting:
         return latent.source

@@ -28,7 +28,7 @@ class SFPPLoadStudent(io.ComfyNode):
             node_id="SFPPLoadStudent",
             display_name="Load Student (Self-Forcing++)",
             category="loaders/self-forcing++",
-            description="Loads a Wan 2.1 text-to-video model distilled with Self-Forcing, with the settings "
+            description="Loads a text-to-video model of Wan distilled with Self-Forcing, with the settings "
             "stored in its file. The MODEL is core's own: LoRA loaders and memory management work as usual.",
             search_aliases=["self forcing", "causal wan", "load diffusion model", "unet loader"],
             inputs=[

@@ -12,13 +12,16 @@ from . import _host
 from ._host import io
 from .conditioning import embeddings_of
 from .generation import Generation, architecture
-from .lazy_latent import LazyLatent
+from .lazy_latent import SPACES, LazyLatent
 from .memory import memory_needed
 from .plain_errors import plain_errors
 from .start import Start, in_words
 from .student_settings import causal, settings_of
 
 Cache = io.Custom("SFPP_CACHE")
+
+MULTIPLES = "Pixels, a multiple of 16; of 32 for Wan 2.2 of 5B."
+"""What the widgets say of width and height."""
 
 NOT_CAUSAL = (
     "This MODEL does not say that it was trained to generate chunk by chunk. A plain Wan makes poor video "
@@ -138,15 +141,12 @@ class SFPPLongSampler(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="A Wan 2.1 text-to-video model distilled with Self-Forcing, LoRAs included.",
+                    tooltip="A text-to-video model of Wan 2.1, or Wan 2.2 of 5B, distilled with "
+                    "Self-Forcing; LoRAs included.",
                 ),
                 io.Conditioning.Input("conditioning", tooltip="One prompt, straight from CLIP Text Encode."),
-                io.Int.Input(
-                    "width", default=832, min=16, max=4096, step=16, tooltip="Pixels, a multiple of 16."
-                ),
-                io.Int.Input(
-                    "height", default=480, min=16, max=4096, step=16, tooltip="Pixels, a multiple of 16."
-                ),
+                io.Int.Input("width", default=832, min=16, max=4096, step=16, tooltip=MULTIPLES),
+                io.Int.Input("height", default=480, min=16, max=4096, step=16, tooltip=MULTIPLES),
                 io.Float.Input(
                     "seconds",
                     default=60.0,
@@ -154,9 +154,9 @@ class SFPPLongSampler(io.ComfyNode):
                     max=LONGEST_SECONDS,
                     step=1.0,
                     round=0.01,
-                    tooltip="Length at 16 frames per second; after a start, what is added to it. The video "
-                    "memory does not grow with it; finished latents stay in main memory, 97 MB per minute of "
-                    "832x480.",
+                    tooltip="Length at 16 frames per second, 24 of Wan 2.2 of 5B; after a start, what is "
+                    "added to it. Video memory does not grow with it; finished latents stay in main memory, "
+                    "97 MB per minute of 832x480.",
                 ),
                 io.Int.Input(
                     "video_seed",
@@ -206,11 +206,20 @@ class SFPPLongSampler(io.ComfyNode):
         settings = student.rollout if cache is None else cache.over(student.rollout)
         config = architecture(model, text_length=student.text_length)
         embeddings = fit_text(embeddings_of(conditioning), config)
-        opening, frames, lead = None, frames_in(seconds), 0
+        space = SPACES[config.channels]
+        opening, frames, lead = None, frames_in(seconds, fps=space.fps), 0
         if start is not None:
-            opening = Start.of(start, width=width, height=height, chunk=settings.chunk)
+            opening = Start.of(start, width=width, height=height, chunk=settings.chunk, space=space)
             frames, lead = frames + opening.frames, lead_of(opening.latent_frames, chunk=settings.chunk)
-        geometry = VideoGeometry(width=width, height=height, frames=frames, chunk=settings.chunk, lead=lead)
+        geometry = VideoGeometry(
+            width=width,
+            height=height,
+            frames=frames,
+            chunk=settings.chunk,
+            lead=lead,
+            stride=space.spatial_stride,
+            fps=space.fps,
+        )
         video = Generation(
             model,
             config,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..sfpp_core.errors import GeometryError
 from ..sfpp_core.geometry import TEMPORAL_STRIDE, VideoGeometry
+from ..sfpp_core.latent_space import WAN_2_2, LatentSpace
 from .lazy_latent import ChunkSource, Finished, source_of
 
 PIECE = 3
@@ -41,19 +42,29 @@ class Start:
         self.pieces = -(-self.latent_frames // PIECE)
 
     @classmethod
-    def of(cls, latent: dict[str, Any], *, width: int, height: int, chunk: int) -> "Start":
+    def of(
+        cls, latent: dict[str, Any], *, width: int, height: int, chunk: int, space: LatentSpace
+    ) -> "Start":
         """Return the start that a LATENT holds.
 
+        Args:
+            latent: Of an image, of a clip, or of another sampler.
+            width: Pixels of the video.
+            height: Pixels of the video.
+            chunk: Latent frames generated together.
+            space: Where the latents of the model live.
+
         Raises:
-            GeometryError: It is no Wan 2.1 latent of one image or clip, or has another size than the video.
+            GeometryError: It is no latent of one image or clip for this model, or has another size than the
+                video.
         """
-        if isinstance(latent, dict) and "noise_mask" in latent:
-            logger.warning("start has a mask, which the Long Sampler does not use.")
+        _check_mask(latent)
         source = source_of(latent)
-        channels = getattr(source, "channels", 16)
-        if channels != 16:
+        if source.space is not space:
+            name = "Wan 2.2" if space is WAN_2_2 else "Wan 2.1"
             raise GeometryError(
-                f"start has {channels} latent channels; encode the image or clip with the Wan 2.1 VAE."
+                f"start has {source.space.channels} latent channels and the model {space.channels}; encode "
+                f"the image or clip with the {name} VAE."
             )
         if source.size != (width, height):
             seen, wanted = "x".join(map(str, source.size)), f"{width}x{height}"
@@ -89,6 +100,19 @@ class Start:
                     piece, held = held.split((min(PIECE, left), held.shape[2] - min(PIECE, left)), dim=2)
                     left -= piece.shape[2]
                     yield piece
+
+
+def _check_mask(latent: dict[str, Any]) -> None:
+    """Refuse a latent that leaves some of its frames to be made; warn of any other mask."""
+    mask = latent.get("noise_mask")
+    if mask is None:
+        return
+    if mask.ndim == 5 and mask.amax() > 0:
+        raise GeometryError(
+            "start leaves frames open for a sampler to fill, as Wan22ImageToVideoLatent does; connect VAE "
+            "Encode with the image itself."
+        )
+    logger.warning("start has a mask, which the Long Sampler does not use.")
 
 
 def in_words(start: Start) -> str:

@@ -5,7 +5,7 @@ handed to core under Wan's names, so that LoRA, casting and offloading are core'
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..sfpp_core.checkpoint import check_student
+from ..sfpp_core.config import WAN_1_3B
 from ..sfpp_core.errors import CheckpointError
-from ..sfpp_core.inspection import FileInfo
+from ..sfpp_core.inspection import HOST_KEY, FileInfo
 from ..sfpp_core.naming import Choice
 from ..sfpp_core.presets import SELF_FORCING, of_family
 from ..sfpp_core.quantised import dequantised
@@ -54,7 +55,7 @@ def load_student_file(path: Path, *, choice: Choice = AUTO, preset: str = AUTO) 
     weights = open_weights(path)
     info = check_student(path, weights, choice=choice)
     settings = settings_in(info, preset)
-    if core_reads(path, info):
+    if core_reads(path, info, weights.metadata):
         model = _host.load_model(path)
     else:
         model = _host.load_tensors(dict(tensors(weights, info)))
@@ -63,8 +64,14 @@ def load_student_file(path: Path, *, choice: Choice = AUTO, preset: str = AUTO) 
     return _host.attach(model, settings)
 
 
-def core_reads(path: Path, info: FileInfo) -> bool:
-    """Return whether core loads exactly these weights from the file itself."""
+def core_reads(path: Path, info: FileInfo, metadata: Mapping[str, str]) -> bool:
+    """Return whether core loads exactly these weights from the file itself.
+
+    It cannot if a student of 48 channels carries its mark of causal ones, which are of 16.
+    """
+    assert info.config is not None
+    if HOST_KEY in metadata and info.config.channels != WAN_1_3B.channels:
+        return False
     prefixes = (prefix for prefix in PREFIXES if all(prefix + name == at for name, at in info.names.items()))
     return path.suffix in (".safetensors", ".sft") and not info.choices and next(prefixes, None) is not None
 

@@ -10,11 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..sfpp_core.geometry import SPATIAL_STRIDE
 from ..sfpp_core.tiling import spans
 
-SMALLEST = 16
-"""Smallest side of a square, in latent cells; half of it and more would be overlap otherwise."""
+SMALLEST = 128
+"""Smallest side of a square, in pixels."""
 
 
 class Parked(Protocol):
@@ -36,26 +35,23 @@ class TiledStream:
     and those that wait are in main memory.
     """
 
-    def __init__(self, open_stream: Callable[[], Parked], tile: int) -> None:
-        """Prepare squares of ``tile`` latent cells."""
+    def __init__(self, open_stream: Callable[[], Parked], tile: int, stride: int) -> None:
+        """Prepare squares of ``tile`` pixels, for latent cells of ``stride`` pixels."""
         self._open = open_stream
-        self._tile = max(tile, SMALLEST)
+        self._tile, self._stride = max(tile, SMALLEST) // stride, stride
         self._streams: dict[tuple[int, int], Parked] = {}
 
     def decode(self, chunk: Tensor) -> Tensor:
         """Return the frames ``(F, 3, H, W)`` of the next ``(1, C, T, h, w)``."""
-        rows, columns = (
-            spans(cells, self._tile, self._tile // 4, SPATIAL_STRIDE) for cells in chunk.shape[3:]
-        )
+        stride = self._stride
+        rows, columns = (spans(cells, self._tile, self._tile // 4, stride) for cells in chunk.shape[3:])
         whole = torch.empty(0)
         for row, column in product(rows, columns):
             part = chunk[..., row.start : row.stop, column.start : column.stop]
             frames = self._frames((row.start, column.start), part)
             if not whole.numel():
-                whole = frames.new_zeros(
-                    *frames.shape[:2], *(cells * SPATIAL_STRIDE for cells in chunk.shape[3:])
-                )
-            area = (slice(side.start * SPATIAL_STRIDE, side.stop * SPATIAL_STRIDE) for side in (row, column))
+                whole = frames.new_zeros(*frames.shape[:2], *(cells * stride for cells in chunk.shape[3:]))
+            area = (slice(side.start * stride, side.stop * stride) for side in (row, column))
             whole[(..., *area)] += frames * (row.share[:, None] * column.share)
         return whole
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .config import RolloutSettings, StudentConfig, to_table
+from .config import WAN_1_3B, RolloutSettings, StudentConfig, to_table
 from .errors import CheckpointError
 from .inspection import HOST_KEY, STUDENT_KEY, TEACHER, WORDS_KEY, FileInfo, describe, listed
 from .naming import Choice
@@ -25,7 +25,8 @@ from .weights_file import DTYPES, Header, read_header, read_tensors, write
 from .words import WordEncoder
 
 HOST_MARK = {"transformer": {"causal_ar": True}}
-"""Tells core ComfyUI that a student generates chunk by chunk."""
+"""Tells core ComfyUI that a student of 16 channels generates chunk by chunk. Of 48 it knows none that does,
+and cannot load one with this mark."""
 
 QUANTISED_DTYPE = torch.bfloat16
 """What quantised weights become where no dtype is asked for."""
@@ -76,7 +77,7 @@ def save(
     if taken := sorted(set(table) & set(notes or {})):
         raise CheckpointError(f"notes has {taken[0]!r}, a key that is taken; choose another.")
     metadata = {STUDENT_KEY: json.dumps({**table, **(notes or {})})}
-    if stage != TEACHER:
+    if stage != TEACHER and config.channels == WAN_1_3B.channels:
         metadata[HOST_KEY] = json.dumps(HOST_MARK)
     write(
         path, {name: tensor.detach().to(dtype or tensor.dtype) for name, tensor in tensors.items()}, metadata

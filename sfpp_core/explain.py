@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 
 from .adapter_signs import MODELS
-from .config import WAN_1_3B, RolloutSettings, StudentConfig
+from .config import RolloutSettings, StudentConfig
 from .forecast import forecast
-from .geometry import FPS, VideoGeometry
+from .geometry import VideoGeometry
 from .inspection import FileInfo, inspect
 from .machine import in_words
-from .plan import native_size
+from .plan import native_size, space_of
 from .presets import SELF_FORCING, of_family
 
 
@@ -53,8 +53,7 @@ def _student_lines(info: FileInfo, config: StudentConfig) -> list[str]:
         + _origin(info)
     )
     lines.append(f"causal     {'yes' if info.causal else 'not as far as it says; expect poor long video'}")
-    if config.channels == WAN_1_3B.channels:  # other latents have cells of another size
-        lines.append(f"memory     {_needed(config, settings)} in bfloat16")
+    lines.append(f"memory     {_needed(config, settings)} in bfloat16")
     lines.extend(f"{key:<10} {value}" for key, value in info.notes.items())
     return lines
 
@@ -70,8 +69,15 @@ def _origin(info: FileInfo) -> str:
 
 def _needed(config: StudentConfig, settings: RolloutSettings) -> str:
     """Return the memory a run takes, and the size of frame it takes it for."""
-    height, width = native_size(config)
-    geometry = VideoGeometry(height=height, width=width, frames=FPS, chunk=settings.chunk)
+    (height, width), space = native_size(config), space_of(config)
+    geometry = VideoGeometry(
+        height=height,
+        width=width,
+        frames=space.fps,
+        chunk=settings.chunk,
+        stride=space.spatial_stride,
+        fps=space.fps,
+    )
     return f"{forecast(config, geometry, settings, torch.bfloat16)} to run at {width}x{height}"
 
 

@@ -42,6 +42,8 @@ def wan(kind="WAN21", **changes):
 def test_the_architecture_is_read_from_the_loaded_model():
     assert generation.architecture(wan(), text_length=7).layers == CONFIG.layers
     assert generation.architecture(wan("WAN21_CausalAR"), text_length=7).text_length == 7
+    five_b = generation.architecture(wan("WAN22", in_dim=48, out_dim=48), text_length=7)
+    assert five_b.channels == 48
 
 
 def generation_of(*, start=None, lead=0, frames=60, **changes):
@@ -91,6 +93,10 @@ def test_a_reader_that_stops_leaves_its_chunks_and_the_next_goes_on(stop):
         (wan("Flux"), "of the kind Flux"),
         (wan(model_type="i2v"), "expects pictures"),
         (wan(in_dim=36), r"\(36, 16\) latent channels"),
+        (wan("WAN22"), r"\(16, 16\) latent channels; the Long Sampler needs \(48, 48\)"),
+        (wan(in_dim=48, out_dim=48), r"\(48, 48\) latent channels; the Long Sampler needs \(16, 16\)"),
+        (wan("WAN22", in_dim=48, out_dim=48, ref_conv="r"), "expects pictures"),
+        (wan("WAN22_S2V"), "of the kind WAN22_S2V"),
     ],
 )
 def test_other_models_are_refused_by_name(model, message):
@@ -185,7 +191,9 @@ def test_a_video_that_starts_from_its_own_beginning_goes_on_as_it_did(latent_fra
 def test_a_sampler_after_a_sampler_streams_and_gives_one_video():
     first, _ = generation_of(frames=33)
     video, network = generation_of(
-        start=starts.Start.of(lazy_latent.LazyLatent(first), width=32, height=32, chunk=3)
+        start=starts.Start.of(
+            lazy_latent.LazyLatent(first), width=32, height=32, chunk=3, space=lazy_latent.SPACES[16]
+        )
     )
     with closing(video.chunks()) as chunks:
         next(chunks)
@@ -242,9 +250,64 @@ def test_a_clip_of_any_length_starts_a_video(latent_frames, chunk, kept):
 )
 def test_a_start_that_does_not_fit_is_refused(shape, message):
     with pytest.raises(errors.GeometryError, match=message):
-        starts.Start.of({"samples": torch.zeros(shape)}, width=32, height=32, chunk=3)
+        starts.Start.of(
+            {"samples": torch.zeros(shape)}, width=32, height=32, chunk=3, space=lazy_latent.SPACES[16]
+        )
 
 
 def test_keys_in_main_memory_change_nothing():
     kept_there = generation_of(storage="host")[0].samples()
     torch.testing.assert_close(kept_there, generation_of()[0].samples())
+
+
+FIVE_B = generation.StudentConfig(
+    **{name: getattr(CONFIG, name) for name in CONFIG.__slots__} | {"channels": 48}
+)
+
+
+def five_b(*, start=None, lead=0, frames=60):
+    """Return a video over the tiny student with 48 channels, and its network."""
+    model = wan("WAN22")
+    model.model.diffusion_model = network = tiny.network(FIVE_B)
+    model.load_device = "cpu"
+    shape = geometry.VideoGeometry(width=64, height=64, frames=frames, lead=lead, stride=16, fps=24)
+    video = generation.Generation(
+        model,
+        FIVE_B,
+        embeddings=tiny.text(),
+        geometry=shape,
+        settings=generation.RolloutSettings(window=6),
+        seed=0,
+        start=start,
+    )
+    return video, network, shape
+
+
+@pytest.mark.parametrize("lead", [0, 1])
+def test_48_channels_are_made_as_the_sampler_makes_them(lead):
+    image = torch.randn(1, 48, 1, 4, 4)
+    start = {"samples": host.to_host_latent(image)}
+    place = {"width": 64, "height": 64, "chunk": 3, "space": lazy_latent.SPACES[48]}
+    video, network, shape = five_b(start=starts.Start.of(start, **place) if lead else None, lead=lead)
+    assert (video.size, video.space.fps, video.frames) == ((64, 64), 24, 60)
+    sampler = pack.module("sfpp_core.sampler").LongSampler(
+        student=pack.module("sfpp_core.student").CausalStudent(network, FIVE_B),
+        geometry=shape,
+        settings=generation.RolloutSettings(window=6),
+    )
+    expected = torch.cat(list(sampler.chunks(tiny.text(), start=image if lead else None)), dim=2)
+    made = host.from_host_latent(torch.cat(list(video.chunks()), dim=2))
+    torch.testing.assert_close(made, expected)
+    memory = pack.module("nodes.memory").memory_needed(None, FIVE_B, video)
+    assert memory.main == 4 * expected.numel()
+
+
+def test_a_latent_that_leaves_frames_open_is_no_start(caplog):
+    place = {"width": 64, "height": 64, "chunk": 3, "space": lazy_latent.SPACES[48]}
+    mask = torch.ones(1, 1, 4, 4, 4)
+    mask[:, :, :1] = 0
+    latent = {"samples": torch.zeros(1, 48, 4, 4, 4), "noise_mask": mask}
+    with pytest.raises(errors.GeometryError, match="connect VAE Encode with the image itself"):
+        starts.Start.of(latent, **place)
+    starts.Start.of(latent | {"noise_mask": mask * 0}, **place)
+    assert "start has a mask" in caplog.text

@@ -5,11 +5,12 @@ import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
+import layouts
 import pack
 import pytest
 import torch
 
-from sfpp_core.config import WAN_1_3B, RolloutSettings
+from sfpp_core.config import WAN_1_3B, WAN_5B, RolloutSettings
 from sfpp_core.geometry import VideoGeometry, frames_in
 from sfpp_core.kv_cache import CacheShape
 from sfpp_core.video import video_info
@@ -28,6 +29,7 @@ class Source:
     """A video of three chunks that counts how often it is read."""
 
     frames, total_chunks, kept, size, maker = 30, 3, 0, (16, 16), None
+    space = lazy_latent.SPACES[16]
 
     def __init__(self):
         self.reads = 0
@@ -194,6 +196,12 @@ class Stream:
 VAE = SimpleNamespace(patcher=None)
 
 
+def vae_for(channels, **more):
+    """Return what the host's loader makes of a VAE, as far as a choice is concerned."""
+    facts = {"latent_channels": channels, "latent_dim": 3, "throw_exception_if_invalid": lambda: None}
+    return SimpleNamespace(**facts, **more)
+
+
 def test_the_surplus_of_the_last_chunk_is_left_out():
     parts = list(decoding.decoded(Source(), Stream(), VAE))
     assert [len(part) for part in parts] == [9, 12, 9]
@@ -248,7 +256,7 @@ def test_an_enlargement_no_player_takes_is_refused_before_anything_is_made():
     settings = {"filename_prefix": "a", "image_seconds": 0}
     with pytest.raises(ValueError, match="enlarge is 3; at 4096x16 use 1 to 2"):
         decoding.SFPPDecodeToVideo.execute(
-            LazyLatent(source), vae=SimpleNamespace(stream=Stream), enlarge=3, **settings
+            LazyLatent(source), vae=vae_for(16, stream=Stream), enlarge=3, **settings
         )
     assert source.reads == 0
 
@@ -265,6 +273,15 @@ def test_the_numbers_in_the_help_pages_are_right():
     cache = CacheShape.of(WAN_1_3B, geometry, RolloutSettings())
     assert round(cache.numbers * 2 / 1e9, 1) == 6.0
     assert round(geometry.frames * geometry.width * geometry.height * 3 * 4 / 1e9, 1) == 4.6
+    large = VideoGeometry(width=1280, height=704, frames=1440, stride=16, fps=24)
+    cache = CacheShape.of(WAN_5B, large, RolloutSettings())
+    assert round(cache.numbers * 2 / 1e9, 1) == 6.8
+    assert round(large.chunks * torch.empty(48, *large.chunk_shape).nbytes / 1e6) == 245
+    pages = [
+        (pack.ROOT / f"nodes/web/docs/SFPP{name}.md").read_text() for name in ("CacheSettings", "LongSampler")
+    ]
+    assert "Wan 2.2 5B at 1280 x 704 needs 6.8 GB" in pages[0]
+    assert "Wan 2.2 5B keeps 245 MB per minute of 1280 x 704" in pages[1]
 
 
 def test_the_main_memory_of_the_latents_is_as_the_user_is_told():
@@ -298,3 +315,75 @@ def test_the_price_of_tiles_is_as_the_help_page_says():
     assert (round(1 / part), round(tiles * part)) == (6, 2)
     page = Path(pack.ROOT / "nodes/web/docs/SFPPDecodeToVideo.md").read_text()
     assert "takes about a sixth of the memory of a whole picture, and twice its time" in page
+
+
+def test_a_latent_of_48_channels_is_of_wan_2_2():
+    source = lazy_latent.source_of({"samples": torch.randn(1, 48, 7, 4, 6)})
+    assert (source.frames, source.size, source.space.fps) == (25, (96, 64), 24)
+    with pytest.raises(errors.GeometryError, match="samples have 4 latent channels"):
+        lazy_latent.source_of({"samples": torch.zeros(1, 4, 7, 4, 6)})
+
+
+@pytest.mark.parametrize(
+    ("latent", "vae", "wanted"),
+    [(48, 16, "Wan 2.2 VAE"), (16, 48, "Wan 2.1 VAE"), (48, None, "Wan 2.2 VAE"), (16, None, "Wan 2.1 VAE")],
+)
+def test_a_vae_for_another_wan_is_refused_before_anything_is_made(latent, vae, wanted):
+    space = lazy_latent.SPACES[latent]
+    chosen = None if vae is None else vae_for(vae, stream=Stream)
+    with pytest.raises(errors.SettingsError, match=wanted):
+        decoding.chosen_stream(chosen, decoding.VAE, 0, space)
+
+
+def test_a_preview_of_48_channels_is_written_at_24_frames_a_second(tmp_path):
+    source = lazy_latent.source_of({"samples": torch.randn(1, 48, 7, 2, 4)})
+    stream = decoding.chosen_stream(None, decoding.PREVIEW, 0, source.space)
+    decoding.write_video(
+        tmp_path / "a.mp4", decoding.decoded(source, stream, None), source, enlarge=1, images=None
+    )
+    info = video_info(tmp_path / "a.mp4")
+    assert (info.frames, info.width, info.height, info.fps) == (25, 64, 32, 24)
+
+
+class Flat:
+    """A decoder of cells of 16 pixels that remembers nothing: each cell becomes its mean."""
+
+    def __init__(self):
+        self.first = True
+
+    def decode(self, chunk):
+        frames = 4 * chunk.shape[2] - 3 * self.first
+        self.first = False
+        cells = chunk.mean((0, 1, 2)).repeat_interleave(16, 0).repeat_interleave(16, 1)
+        return cells.expand(frames, 3, -1, -1)
+
+    def park(self): ...
+
+
+def test_tiles_are_as_large_as_asked_for_whatever_the_cells():
+    tiles = pack.module("nodes.tiles")
+    opened = []
+
+    def opening():
+        opened.append(Flat())
+        return opened[-1]
+
+    chunk = torch.rand(1, 48, 3, 8, 24)
+    frames = tiles.TiledStream(opening, 128, 16).decode(chunk)
+    torch.testing.assert_close(frames, Flat().decode(chunk))
+    assert (frames.shape, len(opened)) == ((9, 3, 128, 384), 4)  # squares of 8 cells that share 2
+
+
+def test_a_student_of_48_channels_carries_no_mark_core_cannot_read(tmp_path):
+    config = pack.module("sfpp_core.config").StudentConfig(
+        dim=128, ffn_dim=64, heads=1, layers=1, text_dim=20, channels=48
+    )
+    path, file = tmp_path / "five.safetensors", pack.module("nodes.student_file")
+    pack.module("sfpp_core.checkpoint").save(
+        path, layouts.tensors(config), config, generation.RolloutSettings(), stage="dmd"
+    )
+    info = pack.module("sfpp_core.inspection").inspect(path)
+    metadata = layouts.header(path).metadata
+    assert (info.causal, "config" in metadata) == (True, False)
+    assert file.core_reads(path, info, metadata)
+    assert not file.core_reads(path, info, {"config": "{}"})

@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 from sfpp_core.config import RolloutSettings, StudentConfig
 from sfpp_core.geometry import VideoGeometry, frames_in
 from sfpp_core.network import WanNetwork, initialise
+from sfpp_core.plan import space_of
 from sfpp_core.sampler import LongSampler
 from sfpp_core.student import CausalStudent
 
@@ -101,16 +102,28 @@ def write_gguf(path, tensors):
     return meant
 
 
-def alone(tensors, embeddings, *, seconds=1.0, seed=1, config=CONFIG, size=64, settings=None):
-    """Return the normalised latent that the package makes of ``tensors`` without a host."""
+def alone(tensors, embeddings, *, seconds=1.0, seed=1, config=CONFIG, size=64, settings=None, start=None):
+    """Return the normalised latent that the package makes of ``tensors`` without a host.
+
+    ``start`` is the normalised latent of an image, which is added to the ``seconds``.
+    """
     network = WanNetwork(config)
     network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     settings = settings or RolloutSettings()
-    geometry = VideoGeometry(width=size, height=size, frames=frames_in(seconds), chunk=settings.chunk)
+    space, lead = space_of(config), 0 if start is None else 1
+    geometry = VideoGeometry(
+        width=size,
+        height=size,
+        frames=frames_in(seconds, fps=space.fps) + lead,
+        chunk=settings.chunk,
+        lead=lead,
+        stride=space.spatial_stride,
+        fps=space.fps,
+    )
     sampler = LongSampler(
         student=CausalStudent(network.requires_grad_(False), config),
         geometry=geometry,
         settings=settings,
         seed=seed,
     )
-    return torch.cat(list(sampler.chunks(embeddings)), dim=2)
+    return torch.cat(list(sampler.chunks(embeddings, start=start)), dim=2)

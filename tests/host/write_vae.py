@@ -1,4 +1,7 @@
-"""Write a VAE of random weights, in the Python and folder of ComfyUI: ``write_vae.py wan|tiny|half FILE``."""
+"""Write a VAE of random weights, in the Python and folder of ComfyUI: ``write_vae.py KIND FILE``.
+
+Kinds: ``wan``, ``tiny``, ``tiny48``, and ``half``, a tiny one in float16.
+"""
 
 import sys
 
@@ -20,7 +23,7 @@ if kind == "wan":
     sizes = {"dim": 8, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "temperal_downsample": [False, True, True]}
     vae, gain = comfy.ldm.wan.vae.WanVAE(**sizes), 0.1
 else:
-    vae, gain = comfy.taesd.taehv.TAEHV(latent_channels=16), 0.04
+    vae, gain = comfy.taesd.taehv.TAEHV(latent_channels=48 if kind == "tiny48" else 16), 0.04
 with torch.no_grad():
     for name, parameter in vae.named_parameters():
         parameter.copy_(torch.ones_like(parameter) if "gamma" in name else torch.randn_like(parameter) * gain)

@@ -1,9 +1,13 @@
-"""A node pack of the tests: it says what is alive in the running host, and measures what a latent takes."""
+"""A node pack of the tests: it says what is alive in the running host, and measures what a latent takes.
+
+It also lets core load an autoencoder of Wan 2.2 that is small enough for a test: core knows one width alone.
+"""
 
 import gc
 import weakref
 from pathlib import Path
 
+import comfy.ldm.wan.vae2_2
 import comfy.model_management
 import torch
 from aiohttp import web
@@ -12,6 +16,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 MEASURED = {"asked": 0, "peak": 0}
+
+WIDTH = 8
+"""Of the autoencoder of Wan 2.2, which has 160 and 256."""
+
+
+class WanVAE(comfy.ldm.wan.vae2_2.WanVAE):
+    """Core's autoencoder of Wan 2.2, narrow."""
+
+    def __init__(self, **sizes):
+        super().__init__(**sizes | {"dim": WIDTH, "dec_dim": WIDTH})
+
+
+comfy.ldm.wan.vae2_2.WanVAE = WanVAE
 
 
 def resident():
