@@ -21,6 +21,7 @@ from .host_decoder import MADE_FOR, PreviewStream, Stream, stream_of
 from .lazy_latent import ChunkSource, source_of
 from .pace import Pace
 from .plain_errors import plain_errors
+from .tiles import SMALLEST
 
 VAE = "vae"
 """Choice of decoder: what is connected."""
@@ -99,7 +100,8 @@ class SFPPDecodeToVideo(io.ComfyNode):
                     optional=True,
                     extra_dict={"advanced": True},
                     tooltip="Pixels. For small cards: pictures are decoded in squares of this side that "
-                    "overlap by a quarter, e.g. 256. Slower; takes a fraction of the memory. 0: whole.",
+                    "overlap by a quarter, e.g. 256, at least 128. Slower; takes a fraction of the memory. "
+                    "0: whole.",
                 ),
             ],
             outputs=[
@@ -157,8 +159,11 @@ def chosen_stream(vae: Any, decoder: str, tile: int, space: LatentSpace = WAN_2_
         space: Where the latents to decode live, once they are normalised.
 
     Raises:
-        SettingsError: A VAE is needed and none is connected, or it is made for other latents.
+        SettingsError: A VAE is needed and none is connected, or it is made for other latents; or the squares
+            are too small.
     """
+    if 0 < tile < SMALLEST:
+        raise SettingsError(f"tile is {tile} pixels; use at least {SMALLEST}, or 0 for whole pictures.")
     if decoder == PREVIEW:
         return PreviewStream(space)
     if vae is None:

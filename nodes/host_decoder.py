@@ -137,7 +137,7 @@ class PreviewStream:
 
 
 class TinyStream:
-    """Core's tiny autoencoder: each of its blocks remembers the latest frame it has seen."""
+    """Core's tiny autoencoder: each of its layers with a memory keeps the latest frame it has seen."""
 
     def __init__(self, vae: Any) -> None:
         self._vae = vae

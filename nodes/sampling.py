@@ -29,6 +29,12 @@ NOT_CAUSAL = (
 )
 """What the log says of a model, unless its file or its loader knows better."""
 
+RESTARTS = (
+    "each window starts anew from the last latents as they are; the command line encodes the frame before "
+    "them again, as CausVid does, and so makes another video."
+)
+"""Warning for students that are rolled out with an overlap."""
+
 NOT_CAUSAL_IN_SHORT = "Warning: not marked as causal; plain Wan makes poor video."
 """What the node says, where there is room for a line or two."""
 
@@ -244,6 +250,9 @@ def remarks(video: Generation, model: Any, config: StudentConfig) -> list[str]:
     if ignored := ", ".join(_host.additions_without_effect(model)):
         logger.warning("Without effect in the Long Sampler: %s on the MODEL.", ignored)
         found.append(f"Without effect: {ignored}.")
+    if video.settings.overlap:
+        logger.warning("%s", RESTARTS)
+        found.append("Windows restart from plain latents.")
     needed = memory_needed(model, config, video)
     facts = [f"needs {needed}"] if video.start is None else [in_words(video.start), f"needs {needed}"]
     logger.info("%s: %s", video, "; ".join(facts))

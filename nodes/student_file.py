@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sfpp_core.checkpoint import check_student
+from ..sfpp_core.checkpoint import check_student, parameters
 from ..sfpp_core.config import WAN_1_3B
 from ..sfpp_core.errors import CheckpointError
 from ..sfpp_core.inspection import HOST_KEY, FileInfo
 from ..sfpp_core.naming import Choice
 from ..sfpp_core.presets import SELF_FORCING, of_family
-from ..sfpp_core.quantised import dequantised
 from ..sfpp_core.weights import Weights, open_weights
 from . import _host
 from .student_settings import StudentSettings
@@ -77,14 +76,9 @@ def core_reads(path: Path, info: FileInfo, metadata: Mapping[str, str]) -> bool:
 
 
 def tensors(weights: Weights, info: FileInfo) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters under Wan's names, one after another."""
-    names = {stored: name for name, stored in info.names.items()}
-    scales = info.quantisation.scales
-    for stored, tensor in weights.read(names):
-        name = names[stored]
-        if name in scales:
-            tensor = dequantised(tensor, weights.tensor(scales[name])).to(DEQUANTISED)
-        yield name, tensor
+    """Yield the parameters under Wan's names, one after another, quantised ones as ``DEQUANTISED``."""
+    for name, tensor in parameters(weights, info):
+        yield name, tensor.to(DEQUANTISED) if name in info.quantisation.scales else tensor
 
 
 def settings_in(info: FileInfo, preset: str = AUTO) -> StudentSettings:

@@ -38,7 +38,7 @@ class TiledStream:
     def __init__(self, open_stream: Callable[[], Parked], tile: int, stride: int) -> None:
         """Prepare squares of ``tile`` pixels, for latent cells of ``stride`` pixels."""
         self._open = open_stream
-        self._tile, self._stride = max(tile, SMALLEST) // stride, stride
+        self._tile, self._stride = tile // stride, stride
         self._streams: dict[tuple[int, int], Parked] = {}
 
     def decode(self, chunk: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ def load_student(
     if dtype is None and info.quantisation.scheme:
         dtype = QUANTISED_DTYPE
     network = WanNetwork(info.config, device="meta")
-    for name, stored in _parameters(weights, info):
+    for name, stored in parameters(weights, info):
         merged = stored
         for adapter in adapters:
             if name in adapter.changed:
@@ -135,7 +135,7 @@ def load_student(
     return network.eval(), info.config, info.settings or of_family(info.family or SELF_FORCING)
 
 
-def _parameters(weights: Weights, info: FileInfo) -> Iterator[tuple[str, Tensor]]:
+def parameters(weights: Weights, info: FileInfo) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters by Wan's names, quantised ones as float32, one in memory at a time."""
     wans = {stored: name for name, stored in info.names.items()}
     for stored_name, stored in weights.read(wans):

@@ -387,3 +387,11 @@ def test_a_student_of_48_channels_carries_no_mark_core_cannot_read(tmp_path):
     assert (info.causal, "config" in metadata) == (True, False)
     assert file.core_reads(path, info, metadata)
     assert not file.core_reads(path, info, {"config": "{}"})
+
+
+def test_tiles_too_small_to_overlap_are_refused():
+    decoding = pack.module("nodes.decoding")
+    with pytest.raises(
+        pack.module("sfpp_core.errors").SettingsError, match="tile is 64 pixels; use at least 128"
+    ):
+        decoding.chosen_stream(object(), decoding.VAE, 64)
