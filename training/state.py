@@ -131,8 +131,11 @@ class Saver:
         """Wait until what was begun is written."""
         if self._pending:
             future, final = self._pending
-            future.result()
             self._pending = None
+            try:
+                future.result()
+            except BaseException as error:  # what a checkpoint raises is no Exception
+                raise RuntimeError(f"{final} was not written: {error}") from error
             if parallel.rank() == 0:
                 final.with_suffix(_PARTIAL).rename(final)
                 self._replaced(int(final.name.removeprefix("last-")), final)
