@@ -19,6 +19,7 @@ from training import train_dmd
 from training.config import ConfigError, load
 from training.first_latent import as_clip
 from training.losses import guide
+from training.parallel import Pieces
 from training.scores import CausalScores, Levels, Noised, WholeScores
 from training.segments import Rolled
 from training.streaming import Stream, StreamLaw
@@ -152,16 +153,12 @@ def test_two_chunks_before_are_enough_to_show_a_latent_frame():
     torch.testing.assert_close(short, whole, rtol=1e-4, atol=1e-5)
 
 
-def start(number):
-    return ["red", "blue"], 5 + number
-
-
-def stream_segments(stream, turns, *, exit_step=3):
-    """Return the next segments of a stream, as the tiny role rolls them."""
+def stream_segments(stream, turns, *, first=0):
+    """Return the next segments of a stream, as the tiny role rolls them; turn i would begin video i."""
     role, like, made = Role(), torch.zeros(2, 16, 3, 4, 6), []
-    for _ in range(turns):
-        bound = role.bind(stream.turn(start))
-        made.append(stream.roll(bound, SCHEDULE, exit_step=exit_step, like=like))
+    for turn in range(first, first + turns):
+        stream.turn(CAPTIONS, 5 + turn)
+        made.append(stream.roll(role.bind(stream.captions), SCHEDULE, exit_step=3, like=like))
     return made
 
 
@@ -193,8 +190,9 @@ def test_only_what_is_new_in_a_stream_has_a_gradient():
     role.net.requires_grad_(True)
     like = torch.zeros(2, 16, 3, 4, 6)
     with torch.no_grad():
-        stream.roll(role.bind(stream.turn(start)), SCHEDULE, exit_step=3, like=like)
-    rolled = stream.roll(role.bind(stream.turn(start)), SCHEDULE, exit_step=3, like=like)
+        stream.turn(CAPTIONS, 5)
+        stream.roll(role.bind(CAPTIONS), SCHEDULE, exit_step=3, like=like)
+    rolled = stream.roll(role.bind(CAPTIONS), SCHEDULE, exit_step=3, like=like)
     old = torch.autograd.grad(rolled.clean[:, :, :3].sum(), list(role.net.parameters()), retain_graph=True)
     assert all(grad.abs().max() == 0 for grad in old)
     new = torch.autograd.grad(rolled.clean[:, :, 3:].sum(), list(role.net.parameters()))
@@ -211,7 +209,7 @@ def test_a_stream_goes_on_after_a_kill_as_if_nothing_had_happened(tmp_path):
     torch.save(first.state_dict(), tmp_path / "stream.pt")
     second = Stream(LAW, SHAPE)
     second.load_state_dict(torch.load(tmp_path / "stream.pt", weights_only=True))
-    for expected, rolled in zip(whole[2:], stream_segments(second, 2), strict=True):
+    for expected, rolled in zip(whole[2:], stream_segments(second, 2, first=2), strict=True):
         torch.testing.assert_close(rolled.clean, expected.clean, rtol=0, atol=0)
         torch.testing.assert_close(rolled.before, expected.before, rtol=0, atol=0)
 
@@ -246,6 +244,7 @@ def without_sheets(monkeypatch):
 
 
 VARIANTS = {
+    "two pieces": ["streaming=true", "horizon=9", "loop.effective_batch=4"],
     "self-forcing": ["horizon=6"],
     "streaming": ["streaming=true", "critic_updates=2", "overlap=3", "first_latent=mask"],
     "literal": ["backward_noise=finished", "first_latent=reencode", "last_step_only=true", "beta=[1, 2]"],
@@ -272,30 +271,15 @@ def test_ten_updates_equal_four_and_a_kill_and_six(runs, tmp_path, variant):
     assert max(moved) > 0
 
 
-def test_the_segment_is_a_function_of_seed_and_iteration(runs, tmp_path):
+def test_the_segment_is_a_function_of_seed_and_piece(runs, tmp_path):
     settings = settings_of(runs, tmp_path)
     roles = load_roles(settings, autoencoder(), torch.device("cpu"))
-    chunk = (3, 8, 8)
+    pieces = Pieces(batch=2, effective=2)
     with torch.no_grad():
-        one, again, other = (Rollouts(settings, roles, chunk).next(number)[0] for number in (3, 3, 4))
+        one, again, other = (Rollouts(settings, roles, pieces).next(piece)[0] for piece in (3, 3, 4))
     torch.testing.assert_close(one.clean, again.clean, rtol=0, atol=0)
     assert one.captions == again.captions
     assert (one.clean - other.clean).abs().max() > 0.01
-
-
-@pytest.mark.usefixtures("without_sheets")
-def test_the_average_begins_when_it_is_told_to(runs, tmp_path):
-    for name, start in (("early", 0), ("late", 9)):
-        (tmp_path / name).mkdir()
-        main(settings_of(runs, tmp_path / name, f"ema_start={start}", "loop.iterations=5"))
-    early, late = (
-        torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("early", "late")
-    )
-    for key, value in late["module"].items():
-        torch.testing.assert_close(late["averaged"][f"module.{key}"], value, rtol=0, atol=0)
-    assert any(
-        (early["averaged"][f"module.{key}"] - value).abs().max() > 0 for key, value in early["module"].items()
-    )
 
 
 @pytest.mark.parametrize(

@@ -86,9 +86,6 @@ class DmdSettings:
     """Updates of the critic per iteration: each noises the same segment anew. The longer the horizon, the
     less they cost beside the rollout."""
 
-    ema_start: int = 0
-    """Updates of the student before its average begins; until then the average is the student itself."""
-
     guidance: float = 1.5
     """Guidance of the teacher, conventional scale: 1 is none."""
 

@@ -7,7 +7,7 @@ Legend: B clips, C channels, T latent frames, H and W latent height and width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from training.first_latent import FirstLatent, Pictures, as_clip
 from training.losses import dmd_loss, velocity_loss
 from training.scores import Role, Scores, estimate
 from training.segments import BackwardNoise, Rolled, Segment, roll_segment
-from training.streaming import Start, Stream
+from training.streaming import Stream
 from training.teacher import DemoModel
 
 
@@ -49,6 +49,10 @@ class Shown:
     """Where the student's loss counts, see ``losses.dmd_loss``."""
 
     captions: Sequence[str]
+
+    def detached(self) -> "Shown":
+        """Return the same without a gradient, so that nothing holds on to how it was made."""
+        return replace(self, clean=self.clean.detach())
 
 
 class Matching:
@@ -102,9 +106,9 @@ class Matching:
             )
         return self._shown(rolled, captions)
 
-    def stream(self, stream: Stream, start: Start, exit_step: int, chunk: tuple[int, int, int]) -> Shown:
+    def stream(self, stream: Stream, exit_step: int, chunk: tuple[int, int, int]) -> Shown:
         """Return the next segment of ``stream``; ``chunk`` is ``(T, H, W)`` of one chunk."""
-        captions = stream.turn(start)
+        captions = stream.captions
         with torch.autocast(self.device.type, torch.bfloat16):
             rolled = stream.roll(
                 self.bound(captions),

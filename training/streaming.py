@@ -9,7 +9,7 @@ Source: LongLive, arXiv:2509.22622 (streaming long tuning).
 Legend: B batch, C channels, T latent frames, H and W latent height and width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,6 @@ from sfpp_core.noise import ChunkNoise
 from sfpp_core.schedule import FewStepSchedule
 from sfpp_core.student import BoundStudent
 from training.segments import BEFORE, BackwardNoise, Rolled, Segment, differentiable_chunks
-
-Start = Callable[[int], tuple[list[str], int]]
-"""Returns the captions and the seed of the noise of the video of a given number."""
 
 
 class StreamMemory(GradientKVCache):
@@ -67,33 +64,29 @@ class Stream:
 
     Use::
 
-        captions = stream.turn(start)                          # which video goes on, or begins
-        rolled = stream.roll(bound, schedule, like=like, ...)  # its next stretch
+        stream.turn(captions, seed)                            # a video of these begins, or one goes on
+        rolled = stream.roll(bound, schedule, like=like, ...)  # its next stretch, given stream.captions
     """
 
     def __init__(self, law: StreamLaw, shape: CacheShape) -> None:
         """Start before the first video."""
         self.law, self.shape = law, shape
-        self.video = -1
         self.captions: list[str] = []
+        """What the video shows, one caption per clip."""
         self._seed = 0
         self._memory = StreamMemory(shape)
         self._made: Tensor | None = None
 
-    def turn(self, start: Start) -> Sequence[str]:
-        """Go on with this video, or begin the next if a stretch more would pass the horizon.
+    def turn(self, captions: Sequence[str], seed: int) -> None:
+        """Begin a video, unless one is being made and a stretch more stays within the horizon.
 
         Args:
-            start: Draws a video.
-
-        Returns:
-            The captions of the video that goes on, one per clip.
+            captions: What it would show, one per clip.
+            seed: Of its noise.
         """
         if self._made is None or self._memory.next + self.law.fresh > self.law.horizon:
-            self.video += 1
-            self.captions, self._seed = start(self.video)
+            self.captions, self._seed = list(captions), seed
             self._memory, self._made = StreamMemory(self.shape), None
-        return self.captions
 
     def roll(
         self,
@@ -138,7 +131,6 @@ class Stream:
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on."""
         return {
-            "video": self.video,
             "captions": list(self.captions),
             "seed": self._seed,
             "memory": self._memory.state_dict(),
@@ -147,7 +139,7 @@ class Stream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        self.video, self.captions, self._seed = state["video"], state["captions"], state["seed"]
+        self.captions, self._seed = state["captions"], state["seed"]
         self._memory = StreamMemory(self.shape)
         self._memory.load_state_dict(state["memory"])
         self._made = state["made"]

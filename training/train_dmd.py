@@ -8,58 +8,67 @@ Source: Self-Forcing, arXiv:2506.08009, algorithm 1; Self-Forcing++, arXiv:2510.
 
 import logging
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 
-from sfpp_core.geometry import VideoGeometry
 from sfpp_core.kv_cache import CacheShape
 from sfpp_core.noise import ChunkNoise
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
+from training import parallel
 from training.config import load
 from training.dmd_settings import DmdSettings
+from training.dry_run import Plan
 from training.first_latent import FirstLatent
-from training.loop import Trained, run
+from training.loop import Loss, descend, run
 from training.matching import Matching, RollOptions, Shown
+from training.parallel import Pieces
 from training.scores import CausalScores, Levels, WholeScores
 from training.segments import BackwardNoise, Segment, draw_segment
 from training.sheets import roll_sheet
 from training.streaming import Stream, StreamLaw
-from training.teacher import load_demo_model
-from training.world import FRAMES, SIZE, caption, sample_scene
+from training.teacher import CLIP, DemoModel, load_demo_model
+from training.trained import Trained
+from training.world import caption, sample_scene
 
 
-def draw_captions(settings: DmdSettings, *key: int) -> tuple[list[str], np.random.Generator]:
-    """Return the captions of one batch of videos and a generator for the rest, functions of seed and key."""
-    rng = np.random.default_rng((settings.loop.seed, 4, *key))
+def draw_captions(settings: DmdSettings, piece: int) -> tuple[list[str], np.random.Generator]:
+    """Return the captions of one piece and a generator for the rest, functions of seed and piece."""
+    rng = np.random.default_rng((settings.loop.seed, 4, piece))
     return [caption(sample_scene(rng), rng) for _ in range(settings.batch)], rng
 
 
 class Rollouts:
-    """The segment of every iteration: of a rollout of its own, or the next of a stream."""
+    """The segment of every piece of an iteration: of a rollout of its own, or the next of a stream."""
 
-    def __init__(self, settings: DmdSettings, roles: Matching, chunk: tuple[int, int, int]) -> None:
-        """Take the settings and the roles; ``chunk`` is ``(T, H, W)`` of one chunk."""
-        self.settings, self.roles, self.chunk = settings, roles, chunk
+    def __init__(self, settings: DmdSettings, roles: Matching, pieces: Pieces) -> None:
+        """Take the settings, the roles, and how an iteration is cut."""
+        self.settings, self.roles, self.pieces = settings, roles, pieces
         size = settings.rollout.chunk
+        self.chunk = replace(CLIP, chunk=size).chunk_shape
         law = StreamLaw(
             horizon=settings.horizon // size,
             chunks=settings.segment // size,
             overlap=settings.overlap // size,
         )
-        self.stream = Stream(law, roles.shape) if settings.streaming else None
+        count = pieces.per_rank if settings.streaming else 0
+        self.streams = [Stream(law, roles.shape) for _ in range(count)]
 
-    def next(self, iteration: int) -> tuple[Shown, torch.Generator]:
-        """Return the segment of one iteration, with a gradient if gradients are on, and a generator."""
-        captions, rng = draw_captions(self.settings, 0, iteration)
+    def next(self, piece: int) -> tuple[Shown, torch.Generator]:
+        """Return the segment of one piece, with a gradient if gradients are on, and a generator."""
+        captions, rng = draw_captions(self.settings, piece)
         segment = self._segment(rng)
         seeds = rng.integers(2**62, size=2).tolist()
-        if self.stream is None:
-            shown = self.roles.roll(captions, ChunkNoise(seeds[0]), segment, self.chunk)
+        if self.streams:
+            stream = self.streams[piece % self.pieces.per_update // self.pieces.ranks]
+            stream.turn(captions, seeds[0])
+            shown = self.roles.stream(stream, segment.exit_step, self.chunk)
         else:
-            shown = self.roles.stream(self.stream, self._video, segment.exit_step, self.chunk)
+            shown = self.roles.roll(captions, ChunkNoise(seeds[0]), segment, self.chunk)
         return shown, torch.Generator().manual_seed(seeds[1])
 
     def _segment(self, rng: np.random.Generator) -> Segment:
@@ -75,10 +84,30 @@ class Rollouts:
             beta=(settings.beta[0], settings.beta[1]),
         )
 
-    def _video(self, number: int) -> tuple[list[str], int]:
-        """Return captions and seed of the stream's video of this number."""
-        captions, rng = draw_captions(self.settings, 1, number)
-        return captions, int(rng.integers(2**62))
+
+class StreamingStudent(Trained[DemoModel]):
+    """The student in training, with the videos it is in the middle of.
+
+    Several ranks save no videos, which are each one's own: they begin new ones when they go on.
+    """
+
+    streams: Sequence[Stream] = ()
+    """The videos of this rank."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to go on."""
+        state = super().state_dict()
+        if self.streams and parallel.ranks() == 1:
+            state["streams"] = [stream.state_dict() for stream in self.streams]
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        saved = state.get("streams", [])
+        super().load_state_dict({name: value for name, value in state.items() if name != "streams"})
+        if len(saved) == len(self.streams):
+            for stream, inner in zip(self.streams, saved, strict=True):
+                stream.load_state_dict(inner)
 
 
 def load_roles(settings: DmdSettings, autoencoder: TinyAutoencoder, device: torch.device) -> Matching:
@@ -86,7 +115,7 @@ def load_roles(settings: DmdSettings, autoencoder: TinyAutoencoder, device: torc
     student = load_demo_model(Path(settings.student_run)).to(device)
     teacher = load_demo_model(Path(settings.teacher_run)).to(device, torch.bfloat16).requires_grad_(False)
     critic = load_demo_model(Path(settings.teacher_run)).to(device)
-    geometry = VideoGeometry(height=SIZE, width=SIZE, frames=FRAMES, chunk=settings.rollout.chunk)
+    geometry = replace(CLIP, chunk=settings.rollout.chunk)
     levels = Levels(shift=settings.rollout.shift, least=settings.least_sigma, largest=settings.largest_sigma)
     asked = CacheShape.of(teacher.config, geometry, settings.rollout)
     return Matching(
@@ -114,40 +143,51 @@ def main(settings: DmdSettings) -> None:
     device = settings.loop.pick_device()
     autoencoder = TinyAutoencoder.load(Path(settings.autoencoder)).to(device)
     roles = load_roles(settings, autoencoder, device)
-    geometry = VideoGeometry(height=SIZE, width=SIZE, frames=FRAMES, chunk=settings.rollout.chunk)
-    rollouts = Rollouts(settings, roles, geometry.chunk_shape)
-    updates = settings.loop.iterations
+    pieces = settings.loop.pieces(settings.batch)
+    rollouts = Rollouts(settings, roles, pieces)
+    updates, repeats = settings.loop.iterations, settings.critic_updates
     moves = max(1, (updates - settings.warmup) // settings.every)
-    student = Trained(roles.student, settings.student, updates=moves)
-    repeats = settings.critic_updates
+    student = StreamingStudent(roles.student, settings.student, updates=moves)
+    student.streams = rollouts.streams
     critic = Trained(cast(torch.nn.Module, roles.critic), settings.critic, updates=updates * repeats)
-    seen = {"critic": float("nan"), "dmd": float("nan")}
+    seen: dict[str, float] = {"dmd": float("nan"), "norm": float("nan")}
+
+    def student_losses(iteration: int, made: list[tuple[Shown, torch.Generator]]) -> Iterator[Loss]:
+        for piece in pieces.of(iteration):
+            shown, generator = rollouts.next(piece)
+            made.append((shown.detached(), generator))
+            yield Loss(roles.student_loss(shown, generator), batch=shown.detached())
 
     def step(iteration: int) -> dict[str, float]:
         move, rest = divmod(iteration - settings.warmup, settings.every)
-        moving = move >= 0 and rest == 0
-        with torch.set_grad_enabled(moving):
-            shown, generator = rollouts.next(iteration)
-        if moving:
-            loss = roles.student_loss(shown, generator)
-            seen["dmd"] = loss.item()
-            seen["norm"] = student.update(loss, move)
-            if move < settings.ema_start:
-                student.averaged.load_state_dict(student.module.state_dict())
-        # The critic learns on the same rollout: one less to make.
+        made: list[tuple[Shown, torch.Generator]] = []
+        if move >= 0 and rest == 0:
+            moved = descend(student, student_losses(iteration, made), move, count=pieces.per_rank)
+            seen.update(dmd=moved["loss"], norm=moved["norm"])
+        else:
+            with torch.no_grad():
+                made.extend(rollouts.next(piece) for piece in pieces.of(iteration))
+        # The critic learns on the same rollouts: one less to make.
         for repeat in range(repeats):
-            loss = roles.critic_loss(shown, generator)
-            critic.update(loss, iteration * repeats + repeat)
-            seen["critic"] = loss.item()
+            losses = (Loss(roles.critic_loss(shown, generator), batch=shown) for shown, generator in made)
+            learnt = descend(critic, losses, iteration * repeats + repeat, count=pieces.per_rank)
+            seen["critic"] = learnt["loss"]
         return {**seen}
 
     def sample(path: Path) -> None:
         roll_sheet(student.averaged, autoencoder, settings.rollout, path, device=device)
 
-    parts: dict[str, Any] = {"model": student, "critic": critic}
-    if rollouts.stream is not None:
-        parts["stream"] = rollouts.stream
-    run(settings.loop, parts, step, sample, recipe=settings)
+    segment = (settings.batch, roles.student.config.channels, settings.segment, *CLIP.chunk_shape[1:])
+    plan = Plan(
+        pieces=pieces,
+        shapes={"segment": segment},
+        held={
+            "teacher": sum(weight.nbytes for weight in cast(DemoModel, roles.teacher).parameters()),
+            "the rollout's keys and values": settings.batch * 2 * roles.shape.numbers,
+        },
+    )
+    parts = {"model": student, "critic": critic}
+    run(settings.loop, parts, step, sample, recipe=settings, plan=plan)
 
 
 if __name__ == "__main__":
