@@ -32,6 +32,9 @@ STATE = 128
 LEAST_SIDE = 128
 """Least side in pixels: the coarsest comparison needs two cells."""
 
+UPDATE = "update_block"
+"""Its name in the files."""
+
 
 class Unit(nn.Module):
     """A residual unit of the encoders."""
@@ -139,7 +142,7 @@ class Raft(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fnet, self.cnet = Encoder(nn.InstanceNorm2d), Encoder(nn.BatchNorm2d)
-        self.update_block = Update()
+        self.add_module(UPDATE, Update())
 
     def forward(self, before: Tensor, after: Tensor, rounds: int) -> Tensor:
         """Return the flow ``(B, 2, H, W)``, x then y, in pixels.
@@ -155,7 +158,7 @@ class Raft(nn.Module):
         state, context = state.tanh(), context.relu()
         start = places(state)
         flow = torch.zeros_like(start)
-        update = self.update_block
+        update = self.get_submodule(UPDATE)
         for _ in range(rounds):
             motion = update.encoder(flow, look_up(levels, start + flow))
             state = update.gru(state, torch.cat([context, motion], 1))
