@@ -89,6 +89,10 @@ class DmdSettings:
     guidance: float = 1.5
     """Guidance of the teacher, conventional scale: 1 is none."""
 
+    level_shift: float = 5.0
+    """Shift of the noise levels at which the teacher compares; a lower one looks more at what is nearly
+    clean."""
+
     least_sigma: float = 0.43
     """Least noise at which the teacher compares; lower ones over-sharpen."""
 

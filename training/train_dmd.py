@@ -116,7 +116,7 @@ def load_roles(settings: DmdSettings, autoencoder: TinyAutoencoder, device: torc
     teacher = load_demo_model(Path(settings.teacher_run)).to(device, torch.bfloat16).requires_grad_(False)
     critic = load_demo_model(Path(settings.teacher_run)).to(device)
     geometry = replace(CLIP, chunk=settings.rollout.chunk)
-    levels = Levels(shift=settings.rollout.shift, least=settings.least_sigma, largest=settings.largest_sigma)
+    levels = Levels(shift=settings.level_shift, least=settings.least_sigma, largest=settings.largest_sigma)
     asked = CacheShape.of(teacher.config, geometry, settings.rollout)
     return Matching(
         student,
