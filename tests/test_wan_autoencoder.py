@@ -96,7 +96,7 @@ def test_a_stranger_to_the_student_is_refused_early(files):
     path, _ = files[SMALL_2_2]
     info = check_decoder(path, channels=48)
     assert (info.space.channels, info.space.spatial_stride) == (48, 16)
-    with pytest.raises(SettingsError, match=r"48 channels and the student makes 16; .*Wan2.1_VAE"):
+    with pytest.raises(SettingsError, match=r"48 channels and these have 16; .*Wan2.1_VAE"):
         load_decoder(path, channels=16)
 
 

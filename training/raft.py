@@ -9,7 +9,7 @@ Legend: B pairs of frames, C channels, F frames, H and W pixels, h and w cells o
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +158,7 @@ class Raft(nn.Module):
         state, context = state.tanh(), context.relu()
         start = places(state)
         flow = torch.zeros_like(start)
-        update = self.get_submodule(UPDATE)
+        update = cast(Update, self.get_submodule(UPDATE))
         for _ in range(rounds):
             motion = update.encoder(flow, look_up(levels, start + flow))
             state = update.gru(state, torch.cat([context, motion], 1))
