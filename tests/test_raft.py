@@ -42,7 +42,8 @@ def network():
 
 def save(network, path):
     """Write weights as the authors do: from within a DataParallel, the shortcuts' norms twice."""
-    state = {f"module.{name}": value for name, value in network.state_dict().items()}
+    state = network.state_dict()
+    state = {f"module.{name.replace('update.', 'update_block.')}": state[name] for name in state}
     twice = {name.replace("downsample.1", "norm3"): v for name, v in state.items() if "downsample.1" in name}
     torch.save(state | twice, path)
 

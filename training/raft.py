@@ -9,7 +9,7 @@ Legend: B pairs of frames, C channels, F frames, H and W pixels, h and w cells o
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,6 @@ STATE = 128
 
 LEAST_SIDE = 128
 """Least side in pixels: the coarsest comparison needs two cells."""
-
-UPDATE = "update_block"
-"""Its name in the files."""
 
 
 class Unit(nn.Module):
@@ -142,7 +139,7 @@ class Raft(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fnet, self.cnet = Encoder(nn.InstanceNorm2d), Encoder(nn.BatchNorm2d)
-        self.add_module(UPDATE, Update())
+        self.update = Update()
 
     def forward(self, before: Tensor, after: Tensor, rounds: int) -> Tensor:
         """Return the flow ``(B, 2, H, W)``, x then y, in pixels.
@@ -158,7 +155,7 @@ class Raft(nn.Module):
         state, context = state.tanh(), context.relu()
         start = places(state)
         flow = torch.zeros_like(start)
-        update = cast(Update, self.get_submodule(UPDATE))
+        update = self.update
         for _ in range(rounds):
             motion = update.encoder(flow, look_up(levels, start + flow))
             state = update.gru(state, torch.cat([context, motion], 1))
@@ -224,7 +221,10 @@ def load_raft(path: Path) -> Raft:
         raise CheckpointError(f"{path} does not exist; get raft-things.pth, or leave raft empty.")
     try:
         weights: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+        weights = {
+            name.removeprefix("module.").replace("update_block.", "update."): value
+            for name, value in weights.items()
+        }
         # The norm of a shortcut is stored under two names.
         weights = {name: value for name, value in weights.items() if ".norm3." not in name}
         network = Raft()
