@@ -116,7 +116,7 @@ class Saver:
         final = self._out / f"last-{notes['done']:06d}"
         partial = final.with_suffix(_PARTIAL)
         if parallel.rank() == 0:
-            partial.mkdir()
+            partial.mkdir(exist_ok=True)  # another rank may be ahead
             (partial / _NOTES).write_text(json.dumps(notes))
         copied = _copied(state)
         future = async_save(copied, checkpoint_id=partial, process_group=self._group)
