@@ -9,8 +9,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-START_SECONDS = 120
-RUN_SECONDS = 300
+START_SECONDS = 300
+RUN_SECONDS = 600
 
 
 class ComfyUI:
@@ -46,7 +46,11 @@ class ComfyUI:
             self._process = subprocess.Popen(
                 command, cwd=self.source, env=os.environ | quiet, stdout=log, stderr=subprocess.STDOUT
             )
-        self._wait(self._answers, START_SECONDS, "the server does not answer")
+        try:
+            self._wait(self._answers, START_SECONDS, "the server does not answer")
+        except AssertionError:
+            self.kill()
+            raise
         return self
 
     def stop(self):
