@@ -296,9 +296,10 @@ def _decoder_place(request: Request, student: FileInfo) -> Path | str:
     if request.decoder is not None:
         return request.decoder
     if not is_of_the_demo(student.config):
+        made_for = "2.2" if student.config.channels == WAN_2_2.channels else "2.1"
         raise SettingsError(
-            "this student has no decoder of its own; name one with --decoder: Wan2.1_VAE for quality, "
-            "taew2_1 for speed, or the word preview, which needs no file."
+            f"this student has no decoder of its own; name one with --decoder: Wan{made_for}_VAE for "
+            f"quality, taew{made_for.replace('.', '_')} for speed, or the word preview, which needs no file."
         )
     return demo.file(demo.AUTOENCODER)
 

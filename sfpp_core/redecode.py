@@ -71,7 +71,8 @@ def plan_redecoding(
     if decoder is None:
         if info.space != DEMO.name:
             raise SettingsError(
-                f"{path} holds latents of {info.space}; name their decoder with --decoder, e.g. Wan2.1_VAE."
+                f"{path} holds latents of {info.space}; name their decoder with --decoder, "
+                f"e.g. {info.space.title()}_VAE."
             )
         decoder = demo.file(demo.AUTOENCODER)
     found = check_decoder(decoder, channels=latents.space.channels)
