@@ -24,7 +24,7 @@ MAY_NOT_IMPORT = {
 }
 LATE = {
     "diffusers", "transformers", "peft", "sentencepiece", "tokenizers", "ftfy", "matplotlib", "torchvision",
-    "xformers", "flash_attn", "sageattention",
+    "cv2", "xformers", "flash_attn", "sageattention",
 }  # fmt: skip
 SOURCES = [path for folder in MAY_NOT_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]
 EVERYTHING = [ROOT / "__init__.py", *SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
