@@ -209,3 +209,8 @@ def test_pairs_need_states_at_the_students_steps():
 
 def test_every_configuration_is_checked():
     assert {path.stem for path in CONFIGS.glob("*.toml")} == set(KINDS)
+
+
+def test_a_smoke_run_never_writes_over_the_files_that_ship():
+    settings = load(ExportSettings, [str(CONFIGS / "demo_export.toml"), "--smoke"], stage="export")
+    assert settings.out == "runs/smoke/export"

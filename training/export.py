@@ -8,6 +8,7 @@ import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -22,6 +23,8 @@ from training.world import WORD_GROUPS, WORLD_VERSION
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportSettings:
     """What is exported, and where to."""
+
+    SMOKE: ClassVar = ("out=runs/smoke/export",)  # never over the files that ship
 
     run: str
     """Folder of the stage: ``last.pt`` holds the weights, ``log.jsonl`` what led to them."""
