@@ -127,8 +127,8 @@ def _add_models(command: argparse.ArgumentParser) -> None:
     add("--lora", type=_lora, action="append", default=[], metavar="FILE[:X]", help="LoRA and its strength")
     add("--text-encoder", type=Path, metavar="PATH", help="umT5: single file, .pth, a diffusers folder")
     add("--tokenizer", type=Path, metavar="PATH", help="its tokenizer, where it is not beside it")
-    kept = {"nargs": "?", "const": default_folder(), "metavar": "FOLDER"}
-    add("--text-cache", type=Path, help="keep text embeddings there, or in your cache folder", **kept)
+    said = "keep text embeddings there; without a name, in your cache folder"
+    add("--text-cache", type=_cache, nargs="?", const="", metavar="FOLDER", help=said)
     add("--words", type=Path, metavar="FILE", help="word encoder of a demo student")
     _add_decoder(models)
     add("--encoder", type=Path, metavar="PATH", help="encodes --start, where the decoder cannot: Wan2.1_VAE")
@@ -170,6 +170,14 @@ def _lora(text: str) -> tuple[Path, float]:
     """Parse ``FILE[:STRENGTH]``."""
     try:
         return parse_lora_option(text)
+    except SFPPError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _cache(text: str) -> Path:
+    """Return the folder that is named, or the user's own; that is looked for only if it is wanted."""
+    try:
+        return Path(text) if text else default_folder()
     except SFPPError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

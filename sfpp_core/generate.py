@@ -17,7 +17,7 @@ from .compute import decoder_dtype
 from .decoder import StreamingDecoder, StreamingEncoder, load_decoder, load_encoder
 from .errors import OutputError
 from .geometry import TEMPORAL_STRIDE
-from .latents_file import save_latents
+from .latents_file import LatentsInfo, save_latents
 from .plan import Plan
 from .recording import Outcome, Progress, record
 from .sampler import LongSampler
@@ -132,27 +132,29 @@ def run(planned: Plan, loaded: Loaded, *, report: Callable[[Progress], None]) ->
 def _pieces(planned: Plan, loaded: Loaded) -> Iterator[Tensor]:
     """Yield the frames ``(F, 3, H, W)`` of chunk after chunk; keep its latents first, if they are wanted."""
     geometry, folder = planned.geometry, planned.request.latents
+    info = planned.latents_info if folder is not None else None  # once: it asks the disk about every file
     loaded.decoder.reset()
     for chunk, clean in enumerate(loaded.sampler.chunks(loaded.embeddings, start=loaded.start)):
-        host, arrive = fetch(clean) if folder is not None else (clean, lambda: None)
-        trouble = None
+        if folder is None or info is None:
+            yield loaded.decoder.decode(clean)[0, : geometry.frames_kept(chunk)]
+            continue
+        host, arrive = fetch(clean)
         try:
             frames = loaded.decoder.decode(clean)[0, : geometry.frames_kept(chunk)]
         finally:
-            if folder is not None:
-                arrive()
-                trouble = _keep(folder, chunk, host, planned)
+            arrive()
+            trouble = _keep(folder, chunk, host, info)
         yield frames
         if trouble is not None:
             raise trouble
 
 
-def _keep(folder: Path, chunk: int, latents: Tensor, planned: Plan) -> OutputError | None:
+def _keep(folder: Path, chunk: int, latents: Tensor, info: LatentsInfo) -> OutputError | None:
     """Save one chunk, or return what is in the way: the frames it became are worth keeping all the same."""
     if not torch.isfinite(latents).all():
         return None  # the sampler says so, one chunk late on a GPU
     try:
-        save_latents(folder, chunk, latents, planned.latents_info)
+        save_latents(folder, chunk, latents, info)
     except OutputError as error:
         return error
     return None

@@ -102,7 +102,9 @@ class Plan:
     def _digest(self) -> str:
         """Return a digest of what else decides the video."""
         request = self.request
-        files = (self.student.path, request.start, request.encoder, *(path for path, _ in request.loras))
+        texts = (request.words, request.text_encoder, request.tokenizer)
+        models = (self.student.path, request.encoder, *(path for path, _ in request.loras))
+        files = (*models, *texts, request.start)
         named = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path]
         settings = (to_table(self.settings), request.weights, request.loras, request.storage)
         made = (named, settings, self.geometry.lead, str(self.dtype), self.device.type, request.attention)

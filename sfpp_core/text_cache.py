@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .config import WAN_1_3B
-from .errors import CheckpointError, OutputError
+from .errors import CheckpointError, OutputError, SettingsError
 from .text_encoder import TextEncoder, TextEncoderInfo, check_text_encoder, fill
 from .umt5_tokenizer import clean_prompt
 from .weights_file import read_header, read_tensors, write
@@ -31,14 +31,26 @@ logger = logging.getLogger(__name__)
 
 
 def default_folder() -> Path:
-    """Return where the embeddings of this user are kept unless a folder is named."""
+    """Return where the embeddings of this user are kept unless a folder is named.
+
+    Raises:
+        SettingsError: The user has no home.
+    """
+    try:
+        return _users_caches() / FOLDER
+    except RuntimeError as error:
+        raise SettingsError("there is no home folder to keep text embeddings in; name a folder.") from error
+
+
+def _users_caches() -> Path:
+    """Return where programs keep what they can make again."""
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local"
     elif sys.platform == "darwin":
         base = Path.home() / "Library/Caches"
     else:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / FOLDER
+    return Path(base)
 
 
 @dataclass(frozen=True, slots=True)

@@ -259,3 +259,27 @@ def test_bad_tiles_are_refused_before_a_decoder_is_loaded(wan, tmp_path, capsys,
         "72",
     ]
     refused(capsys, [str(word) for word in decode], "use tiles of at least 88")
+
+
+def test_files_that_change_during_a_run_cost_nothing(wan, tmp_path, monkeypatch):
+    start, kept = tmp_path / "start.png", tmp_path / "latents"
+    start.write_bytes((wan / "start.png").read_bytes())
+
+    def save_and_remove(*arguments):
+        save_latents(*arguments)
+        start.unlink(missing_ok=True)
+
+    monkeypatch.setattr("sfpp_core.generate.save_latents", save_and_remove)
+    command = words(wan, tmp_path / "a.mp4", "--start", start, "--latents", kept, seconds="2")
+    assert cli.main(command) == 0
+    assert load_latents(kept).complete
+
+
+def test_a_user_without_a_home_is_only_missed_where_one_is_needed(wan, tmp_path, capsys, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", homeless)
+    assert cli.main(words(wan, tmp_path / "a.mp4", decoder="preview")) == 0
+    refused(capsys, words(wan, tmp_path / "b.mp4", "--text-cache"), "there is no home folder")
