@@ -116,7 +116,7 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise CheckpointError(
             f"{path} is a PyTorch pickle or zip archive that is cut short or damaged ({error}); copy or "
             "download it again."
