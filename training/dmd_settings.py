@@ -7,6 +7,7 @@ from sfpp_core.config import RolloutSettings
 from training.config import ConfigError
 from training.first_latent import FirstLatent
 from training.loop import LoopSettings, OptimiserSettings
+from training.models import VideoSettings
 from training.segments import BackwardNoise
 
 
@@ -24,13 +25,14 @@ class DmdSettings:
     """How the critic is updated."""
 
     teacher_run: str
-    """``last.pt`` of the teacher, which the critic starts from too."""
+    """``last.pt`` of the teacher, which the critic starts from too; for Wan also a published checkpoint."""
 
     student_run: str
-    """``last.pt`` of the stage the student starts from."""
+    """``last.pt`` of the stage the student starts from; for Wan also a published checkpoint."""
 
     autoencoder: str
-    """Weights of the demo autoencoder: for the sample sheets, and to encode a first latent frame again."""
+    """Weights of the autoencoder: for the sample sheets, and to encode a first latent frame again. For Wan
+    also a tiny decoder or ``preview``, which only show, or nothing."""
 
     scores: str = "causal"
     """``causal``: teacher and critic judge each chunk given the segment's chunks before it.
@@ -105,6 +107,13 @@ class DmdSettings:
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """How the student is rolled out."""
 
+    student_loras: tuple[str, ...] = ()
+    """LoRAs merged into a published checkpoint the student starts from, each ``FILE`` or
+    ``FILE:STRENGTH``."""
+
+    video: VideoSettings = field(default_factory=VideoSettings)
+    """Wan's prompts and sizes; without them it is the demo's world."""
+
     def __post_init__(self) -> None:
         kinds = {
             "scores": ("causal", "bidirectional"),
@@ -123,3 +132,17 @@ class DmdSettings:
             raise ConfigError(f"overlap is {self.overlap}; it must be below the segment, {self.segment}.")
         if len(self.beta) != 2 or min(self.beta) <= 0:
             raise ConfigError(f"beta is {list(self.beta)}; it must be two numbers above 0, e.g. [1, 1].")
+        self._check_video()
+
+    def _check_video(self) -> None:
+        """Refuse what Wan or the demo cannot do."""
+        if self.video.is_wan and self.first_latent == "reencode" and not self.autoencoder:
+            raise ConfigError(
+                "first_latent is 'reencode', which needs an autoencoder, and autoencoder is empty; name "
+                "Wan2.1_VAE, or set first_latent to 'mask' or 'keep'."
+            )
+        if not self.video.is_wan and (self.student_loras or not self.autoencoder):
+            raise ConfigError(
+                "video.prompts is empty, so this is the demo's world: it takes no student_loras and needs "
+                "its autoencoder. For Wan, set video.prompts to the folder of training.encode_prompts."
+            )

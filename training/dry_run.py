@@ -26,6 +26,18 @@ class Plan:
     held: Mapping[str, int] = field(default_factory=dict)
     """Bytes it holds on every rank beside what is trained, by name: frozen models, caches, activations."""
 
+    operations: Mapping[str, float] = field(default_factory=dict)
+    """Operations of one iteration on each rank, by what they are for."""
+
+    teraflops: float = 0.0
+    """Operations per second of one device, in 1e12, for the expected time; 0 is unknown."""
+
+    @property
+    def pace(self) -> float | None:
+        """Seconds per iteration at that speed, if it is known."""
+        total = sum(self.operations.values())
+        return total / (1e12 * self.teraflops) if total and self.teraflops else None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
@@ -102,13 +114,20 @@ def report(
             lines.append(f"    {what}: {in_words(getattr(memory, what))}")
     for name, held in plan.held.items():
         lines.append(f"  {name}: {in_words(held)} on each rank")
-    lines.append(f"  in all {in_words(total)} on each of {ranks} ranks, and what activations take")
+    rest = "at most" if any("activations" in name for name in plan.held) else "and what activations take"
+    lines.append(f"  in all {in_words(total)} on each of {ranks} ranks, {rest}")
     if (pieces := plan.pieces) is not None:
         lines.append(
             f"  effective batch {pieces.effective}: {pieces.ranks} ranks x {pieces.per_rank} pieces x "
             f"batch {pieces.batch}"
         )
-    lines.append(f"  {iterations:,} iterations, {_time(iterations, pace)}")
+    for name, operations in plan.operations.items():
+        lines.append(f"  {name}: {operations / 1e12:,.0f}e12 operations per iteration on each rank")
+    if not pace and plan.pace:
+        lines.append(f"  {iterations:,} iterations, {_time(iterations, plan.pace)}, if a device computes ")
+        lines[-1] += f"{plan.teraflops:g}e12 operations a second"
+    else:
+        lines.append(f"  {iterations:,} iterations, {_time(iterations, pace)}")
     return lines
 
 

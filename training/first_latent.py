@@ -37,14 +37,14 @@ class Pictures(Protocol):
 
 
 def as_clip(
-    rolled: Rolled, handling: FirstLatent, autoencoder: Pictures, *, masked: int
+    rolled: Rolled, handling: FirstLatent, autoencoder: Pictures | None, *, masked: int
 ) -> tuple[Tensor, Tensor | None]:
     """Return a segment as the teacher shall see it, and where the loss counts.
 
     Args:
         rolled: The segment.
         handling: What becomes of the first latent frame of a segment from the middle of a video.
-        autoencoder: Of the latents; used by ``reencode``.
+        autoencoder: Of the latents; only ``reencode`` needs one.
         masked: Latent frames at the start of such a segment on which there is no loss, but for ``keep``.
 
     Returns:
@@ -54,6 +54,7 @@ def as_clip(
     if rolled.before.shape[2] and handling != "keep":
         covered = max(covered, masked)
         if handling == "reencode":
+            assert autoencoder is not None
             first = _picture(rolled, autoencoder).to(clean)
             clean = torch.cat((first, clean[:, :, 1:]), dim=2)
     if not covered:

@@ -12,17 +12,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sfpp_core.attention import matmul
 from sfpp_core.kv_cache import CacheShape
 from sfpp_core.noise import ChunkNoise
 from sfpp_core.schedule import FewStepSchedule
 from sfpp_core.student import BoundStudent, CausalStudent
 from training.first_latent import FirstLatent, Pictures, as_clip
 from training.losses import dmd_loss, velocity_loss
+from training.models import Model, attention_of
 from training.scores import Role, Scores, estimate
 from training.segments import BackwardNoise, Rolled, Segment, roll_segment
 from training.streaming import Stream
-from training.teacher import DemoModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +59,7 @@ class Matching:
 
     def __init__(
         self,
-        student: DemoModel,
+        student: Model,
         teacher: Role,
         critic: Role,
         *,
@@ -68,7 +67,7 @@ class Matching:
         schedule: FewStepSchedule,
         shape: CacheShape,
         options: RollOptions,
-        autoencoder: Pictures,
+        autoencoder: Pictures | None,
         guidance: float,
     ) -> None:
         """Take the three roles.
@@ -81,7 +80,7 @@ class Matching:
             schedule: The student's noise levels.
             shape: Size of its cache.
             options: How a segment is made and shown.
-            autoencoder: Of the latents.
+            autoencoder: Of the latents; ``None`` where no first latent frame is encoded again.
             guidance: Of the teacher, conventional scale.
         """
         self.student, self.teacher, self.critic = student, teacher, critic
@@ -146,7 +145,7 @@ class Matching:
         student = CausalStudent(
             model.network,
             model.config,
-            attend=matmul,
+            attend=attention_of(model),
             dtype=torch.bfloat16,
             checkpointing=self.options.checkpointing,
         )

@@ -1,0 +1,130 @@
+"""Wan's pictures in training: an autoencoder for the first latent frame, and the sample sheets.
+
+Legend: B batch, C channels, T latent frames, F frames, H and W pixels, h and w latent cells.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sfpp_core.attention import sdpa
+from sfpp_core.config import RolloutSettings, StudentConfig
+from sfpp_core.decoder import StreamingDecoder, StreamingEncoder, check_decoder, load_decoder, load_encoder
+from sfpp_core.sampler import LongSampler
+from sfpp_core.student import CausalStudent
+from training.models import VideoSettings, WanModel, geometry_of, texts_of
+from training.sheets import sheet
+
+logger = logging.getLogger(__name__)
+
+SIDE = 160
+"""Pixels of the longer side of a frame on a sheet, at most."""
+
+
+class WanPictures:
+    """A decoder and, where a stage encodes, an encoder: the ``Pictures`` of ``first_latent``."""
+
+    def __init__(self, decoder: StreamingDecoder, encoder: StreamingEncoder | None) -> None:
+        """Take both; without an encoder nothing can be encoded."""
+        self._decoder, self._encoder = decoder, encoder
+
+    @classmethod
+    def load(
+        cls, choice: str, config: StudentConfig, *, device: torch.device, encodes: bool
+    ) -> "WanPictures | None":
+        """Load an autoencoder; ``None`` where none is named.
+
+        Args:
+            choice: Wan's autoencoder, a tiny decoder, ``preview``, or nothing.
+            config: The student, whose latents they must be.
+            device: Where it computes: in bfloat16 on a GPU, else in float32.
+            encodes: Whether the stage encodes.
+
+        Raises:
+            CheckpointError: It is something else, or damaged.
+            SettingsError: It is for other latents, or cannot encode.
+        """
+        if not choice:
+            return None
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        where = {"device": device, "dtype": dtype, "channels": config.channels}
+        check_decoder(choice, channels=config.channels)
+        encoder = load_encoder(Path(choice), **where) if encodes else None
+        return cls(load_decoder(choice, **where), encoder)
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> Tensor:
+        """Return the latents ``(B, C, T, h, w)`` of a clip ``(B, F, 3, H, W)`` of its own."""
+        assert self._encoder is not None
+        self._encoder.reset()
+        latents = self._encoder.encode(frames)
+        self._encoder.reset()
+        return latents
+
+    @torch.no_grad()
+    def decode(self, chunk: Tensor) -> Tensor:
+        """Return the frames ``(B, F, 3, H, W)`` of the next latents ``(B, C, T, h, w)``."""
+        return self._decoder.decode(chunk)
+
+    def reset(self) -> None:
+        """Forget the video decoded so far."""
+        self._decoder.reset()
+
+
+@torch.inference_mode()
+def roll_wan_sheet(
+    model: WanModel,
+    pictures: WanPictures | None,
+    settings: RolloutSettings,
+    video: VideoSettings,
+    path: Path,
+) -> Mapping[str, float] | None:
+    """Write a contact sheet of rollouts of the first prompts, and measure how their exposure holds.
+
+    Args:
+        model: The student.
+        pictures: What shows its latents; ``None`` makes no sheet, and says so.
+        settings: How it is rolled out.
+        video: Prompts and size.
+        path: A .png file.
+
+    Returns:
+        ``exposure_drift``: how far the mean brightness of the last second is from the first's, in [0, 1].
+    """
+    texts = texts_of(model)
+    if pictures is None or texts is None or not video.sheet_prompts:
+        logger.info("no sample sheet: autoencoder or video.sheet_prompts is empty")
+        return None
+    device = model.network.head.modulation.device
+    fps = geometry_of(video, model.config, chunk=settings.chunk).fps
+    latent_frames = max(1, round(video.sheet_seconds * fps / 4))
+    geometry = geometry_of(video, model.config, chunk=settings.chunk, latent_frames=latent_frames)
+    rows, drifts = [], []
+    for prompt in texts.prompts[: video.sheet_prompts]:
+        with torch.autocast(device.type, torch.bfloat16):
+            student = CausalStudent(model.network, model.config, attend=sdpa, dtype=torch.bfloat16)
+            sampler = LongSampler(
+                student=student, geometry=geometry, settings=settings, seed=1, device=device
+            )
+            clean = [chunk.cpu() for chunk in sampler.chunks(model.words([prompt]))]
+        pictures.reset()
+        frames = torch.cat([_small(pictures.decode(chunk.to(device))[0]) for chunk in clean])
+        pictures.reset()
+        brightness = frames.mean((1, 2, 3))
+        drifts.append((brightness[-fps:].mean() - brightness[:fps].mean()).abs().item())
+        rows.append((f"{prompt[:100]} ({video.sheet_seconds:g} s)", frames))
+    sheet(rows, path, enlarge=1)
+    return {"exposure_drift": sum(drifts) / len(drifts)}
+
+
+def _small(frames: Tensor) -> Tensor:
+    """Return frames ``(F, 3, H, W)`` at the size of a sheet, on the CPU."""
+    shrink = SIDE / max(frames.shape[-2:])
+    if shrink < 1:
+        size = [round(length * shrink) for length in frames.shape[-2:]]
+        frames = functional.interpolate(frames.float(), size=size, mode="area")
+    return frames.float().cpu()
