@@ -30,6 +30,48 @@ def forward_operations(config: StudentConfig, tokens: int, visible: int) -> floa
     return 2.0 * tokens * (config.layers * (matrices + attention) + ends)
 
 
+def held(
+    config: StudentConfig,
+    geometry: VideoGeometry,
+    *,
+    batch: int,
+    ring: int = 0,
+    past: int = 0,
+    checkpointing: bool,
+) -> dict[str, int]:
+    """Return the bytes a differentiated clip keeps alive at once, by what they are.
+
+    Args:
+        config: Architecture.
+        geometry: Of the clip.
+        batch: Clips computed at once.
+        ring: Latent frames whose keys and values the rollout before it keeps.
+        past: Latent frames of that rollout that the clip still sees.
+        checkpointing: Whether layers are computed again in backward.
+    """
+    tokens, frames = geometry.tokens_per_latent_frame, geometry.latent_frames
+    per_frame = 2 * config.layers * config.dim * tokens * BFLOAT16
+    whole = frames * tokens * BFLOAT16
+    inside = KEPT * config.dim + KEPT_INSIDE * config.ffn_dim
+    kept = config.layers * (config.dim if checkpointing else inside)
+    sizes = {
+        f"keys and values of the rollout, {ring} latent frames": ring * per_frame,
+        f"keys and values of the gradient part, {past} + {frames}": (past + frames) * per_frame,
+        "activations kept for backward": whole * kept,
+        "activations of one layer at work": whole * inside,
+    }
+    return {name: batch * size for name, size in sizes.items() if size}
+
+
+def regression_operations(
+    config: StudentConfig, geometry: VideoGeometry, rollout: RolloutSettings, *, checkpointing: bool
+) -> float:
+    """Return the operations of an update on one clip: of each chunk a clean pass and a differentiated one."""
+    tokens = geometry.tokens_per_latent_frame
+    chunk = forward_operations(config, tokens * rollout.chunk, tokens * rollout.window)
+    return geometry.chunks * (2 + (3 if checkpointing else 2)) * chunk
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatchingCost:
     """One rollout of distribution matching and what is learnt from it."""
@@ -112,17 +154,11 @@ class MatchingCost:
 
     def held(self) -> dict[str, int]:
         """Return the bytes that are alive at once beside weights and optimisers, by what they are."""
-        config, tokens = self.config, self.geometry.tokens_per_latent_frame
-        per_frame = 2 * config.layers * config.dim * tokens * BFLOAT16
-        segment, past = self.geometry.latent_frames, self.rollout.window - self.rollout.chunk
-        ring = 0 if self.streaming else self.rollout.window * per_frame
-        whole = segment * tokens * BFLOAT16
-        inside = KEPT * config.dim + KEPT_INSIDE * config.ffn_dim
-        kept = config.layers * (config.dim if self.checkpointing else inside)
-        held = {
-            f"keys and values of the rollout, {self.rollout.window} latent frames": ring,
-            f"keys and values of the gradient part, {past} + {segment}": (past + segment) * per_frame,
-            "activations kept for backward": whole * kept,
-            "activations of one layer at work": whole * inside,
-        }
-        return {name: self.batch * size for name, size in held.items() if size}
+        return held(
+            self.config,
+            self.geometry,
+            batch=self.batch,
+            ring=0 if self.streaming else self.rollout.window,
+            past=self.rollout.window - self.rollout.chunk,
+            checkpointing=self.checkpointing,
+        )

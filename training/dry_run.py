@@ -29,6 +29,9 @@ class Plan:
     operations: Mapping[str, float] = field(default_factory=dict)
     """Operations of one iteration on each rank, by what they are for."""
 
+    narrow: bool = False
+    """Whether gathered weights are bfloat16, as on a GPU, where this machine has none."""
+
     teraflops: float = 0.0
     """Operations per second of one device, in 1e12, for the expected time; 0 is unknown."""
 
@@ -61,11 +64,17 @@ class Memory:
         return self.weights + self.gradients + self.optimisers + self.averaged
 
 
-def forecast(trained: Trained[Any], ranks: int) -> Memory:
-    """Return the bytes one of ``ranks`` holds for ``trained``. Activations are not part of it."""
+def forecast(trained: Trained[Any], ranks: int, *, narrow: bool = False) -> Memory:
+    """Return the bytes one of ``ranks`` holds for ``trained``. Activations are not part of it.
+
+    Args:
+        trained: The module.
+        ranks: Processes that share the work.
+        narrow: Gathered weights are bfloat16 even if this machine has no GPU.
+    """
     matrices = {id(p) for group in _matrix_groups(trained) for p in group["params"]}
     whole_bytes = sharded_bytes = frozen = states = 0
-    gathered = 2 if torch.cuda.is_available() else _FLOAT32
+    gathered = 2 if narrow or torch.cuda.is_available() else _FLOAT32
     for parameter in trained.module.parameters():
         numbers = parameter.numel()
         if not parameter.requires_grad:
@@ -105,7 +114,7 @@ def report(
     for name, shape in plan.shapes.items():
         lines.append(f"  {name}: {tuple(shape)}")
     for name, part in parts.items():
-        memory = forecast(part, ranks)
+        memory = forecast(part, ranks, narrow=plan.narrow)
         total += memory.total
         counted = [p.numel() for p in part.module.parameters()]
         moved = sum(p.numel() for p in part.module.parameters() if p.requires_grad)

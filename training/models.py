@@ -7,9 +7,11 @@ Legend: B clips, C channels, T latent frames, H and W latent height and width.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +88,7 @@ class _RMSNorm(nn.RMSNorm):
 class _LayerNorm(nn.LayerNorm):
     """A norm whose result is as narrow as its input: autocast would widen it."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """Return ``input`` normed, in its own dtype."""
         return super().forward(input).to(input.dtype)
 
@@ -94,7 +96,10 @@ class _LayerNorm(nn.LayerNorm):
 class _Layers:
     """Layers of a network in training: keys and values that are kept stay as narrow as what is computed."""
 
-    Linear, Conv3d, LayerNorm, RMSNorm = nn.Linear, nn.Conv3d, _LayerNorm, _RMSNorm
+    Linear: Any = nn.Linear
+    Conv3d: Any = nn.Conv3d
+    LayerNorm: Any = _LayerNorm
+    RMSNorm: Any = _RMSNorm
 
 
 class WanModel(nn.Module):
@@ -219,16 +224,29 @@ def load_role(
         adapters = [
             read_adapter(file, config, strength=strength) for file, strength in map(parse_lora_option, loras)
         ]
-        network, _, _ = load_student(Path(path), device=device, dtype=dtype, adapters=adapters)
+        with _quiet():
+            network, _, _ = load_student(Path(path), device=device, dtype=dtype, adapters=adapters)
     if texts is not None and texts.dim != config.text_dim:
         raise ConfigError(
             f"{path} hears embeddings of width {config.text_dim} and those in {video.prompts} have "
             f"{texts.dim}; encode the prompts with the text encoder of Wan."
         )
-    narrow = WanNetwork(config, layers=_Layers, device="meta")
+    narrow = WanNetwork(config, layers=_Layers(), device="meta")
     narrow.load_state_dict(network.state_dict(), assign=True)
     model = WanModel(narrow, config, texts, checkpointing=checkpointing)
     return model.train().requires_grad_(True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out the warning that a model does not generate chunk by chunk: teachers need not."""
+    teller = logging.getLogger(load_student.__module__)
+    level = teller.level
+    teller.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        teller.setLevel(level)
 
 
 def _sizes_alone(path: str, dtype: torch.dtype) -> tuple[WanNetwork, StudentConfig]:
@@ -256,14 +274,18 @@ def _of_run(path: Path, loras: Sequence[str]) -> tuple[WanNetwork, StudentConfig
             f"{path} holds adapters of a model, not a model; export them, and name the checkpoint they adapt "
             "with the exported file as its LoRA."
         )
-    config = _config_of(weights)
+    tensors, config = network_of(weights)
     network = WanNetwork(config, device="meta")
-    tensors = {name.removeprefix(_ROOT): value.clone() for name, value in weights.items()}
-    network.load_state_dict(tensors, assign=True)
+    network.load_state_dict({name: value.clone() for name, value in tensors.items()}, assign=True)
     return network, config
 
 
-def _config_of(weights: dict[str, Tensor]) -> StudentConfig:
+def network_of(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], StudentConfig]:
+    """Return the averaged weights of a run of Wan by Wan's names, and their architecture."""
+    return {name.removeprefix(_ROOT): value for name, value in weights.items()}, _config_of(weights)
+
+
+def _config_of(weights: Mapping[str, Tensor]) -> StudentConfig:
     """Return the architecture that the shapes in a run of Wan imply."""
     ffn_dim, dim = weights[f"{_ROOT}blocks.0.ffn.0.weight"].shape
     return StudentConfig(

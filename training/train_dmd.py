@@ -17,14 +17,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from sfpp_core.config import StudentConfig
 from sfpp_core.kv_cache import CacheShape
 from sfpp_core.machine import peak_memory
 from sfpp_core.noise import ChunkNoise
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training import parallel
 from training.config import load
-from training.cost import MatchingCost
+from training.cost import BFLOAT16, MatchingCost
 from training.dmd_settings import DmdSettings
 from training.dry_run import Plan
 from training.first_latent import FirstLatent, Pictures
@@ -38,7 +37,7 @@ from training.sheets import roll_sheet
 from training.streaming import Stream, StreamLaw
 from training.texts import Texts
 from training.trained import Trained
-from training.wan_sheets import WanPictures, roll_wan_sheet
+from training.wan_sheets import WanPictures, load_pictures, roll_wan_sheet
 from training.world import caption, sample_scene
 
 
@@ -201,19 +200,6 @@ def load_roles(
     )
 
 
-def load_pictures(
-    settings: DmdSettings, config: StudentConfig, device: torch.device
-) -> TinyAutoencoder | WanPictures | None:
-    """Return the autoencoder of the demo, or that of Wan if one is named and this is no dry run."""
-    if not settings.video.is_wan:
-        with torch.random.fork_rng(devices=[]):  # adapters are drawn after this
-            return TinyAutoencoder.load(Path(settings.autoencoder)).to(device)
-    if device.type == "meta":
-        return None
-    encodes = settings.first_latent == "reencode"
-    return WanPictures.load(settings.autoencoder, config, device=device, encodes=encodes)
-
-
 def plan_of(settings: DmdSettings, roles: Matching, pieces: Pieces) -> Plan:
     """Return what a dry run tells beside what is trained."""
     config, size = roles.student.config, settings.segment
@@ -234,14 +220,22 @@ def plan_of(settings: DmdSettings, roles: Matching, pieces: Pieces) -> Plan:
         critic_updates=settings.critic_updates,
         checkpointing=settings.checkpointing,
     )
+    trained = [cast(nn.Module, role) for role in (roles.student, roles.critic)]
+    wide = [weight for role in trained for weight in role.parameters() if weight.dtype == torch.float32]
+    copies = sum(weight.numel() for weight in wide) * BFLOAT16 if pieces.ranks == 1 else 0
     critics = {id(weight) for weight in cast(nn.Module, roles.critic).parameters()}
     asked = cast(nn.Module, roles.teacher).parameters()
     teacher = sum(weight.nbytes for weight in asked if id(weight) not in critics)
     return Plan(
         pieces=pieces,
         shapes={"segment": (settings.batch, config.channels, size, *geometry.chunk_shape[1:])},
-        held={"teacher, unless the critic holds its weights": teacher, **cost.held()},
+        held={
+            "teacher, unless the critic holds its weights": teacher,
+            "float32 weights as they are computed with, in bfloat16": copies,
+            **cost.held(),
+        },
         operations={name: pieces.per_rank * number for name, number in cost.parts().items()},
+        narrow=settings.video.is_wan,
         teraflops=settings.video.teraflops,
     )
 
@@ -275,7 +269,9 @@ def main(settings: DmdSettings) -> None:
     device = settings.loop.pick_device()
     texts = settings.video.open_texts(dry_run=settings.loop.dry_run)
     roles = load_roles(settings, None, device, texts)
-    autoencoder = roles.autoencoder = load_pictures(settings, roles.student.config, device)
+    config, encodes = roles.student.config, settings.first_latent == "reencode"
+    autoencoder = load_pictures(settings.autoencoder, settings.video, config, device=device, encodes=encodes)
+    roles.autoencoder = autoencoder
     pieces = settings.loop.pieces(settings.batch)
     rollouts = Rollouts(settings, roles, pieces)
     updates, repeats = settings.loop.iterations, settings.critic_updates

@@ -16,6 +16,7 @@ from sfpp_core.config import RolloutSettings, StudentConfig
 from sfpp_core.decoder import StreamingDecoder, StreamingEncoder, check_decoder, load_decoder, load_encoder
 from sfpp_core.sampler import LongSampler
 from sfpp_core.student import CausalStudent
+from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training.models import VideoSettings, WanModel, geometry_of, texts_of
 from training.sheets import sheet
 
@@ -75,10 +76,27 @@ class WanPictures:
         self._decoder.reset()
 
 
+def load_pictures(
+    choice: str, video: VideoSettings, config: StudentConfig, *, device: torch.device, encodes: bool = False
+) -> TinyAutoencoder | WanPictures | None:
+    """Return the demo's autoencoder, or Wan's if one is named and this is no dry run.
+
+    Raises:
+        CheckpointError: As ``WanPictures.load``.
+        SettingsError: As ``WanPictures.load``.
+    """
+    if not video.is_wan:
+        with torch.random.fork_rng(devices=[]):  # adapters are drawn after this
+            return TinyAutoencoder.load(Path(choice)).to(device)
+    if device.type == "meta":
+        return None
+    return WanPictures.load(choice, config, device=device, encodes=encodes)
+
+
 @torch.inference_mode()
 def roll_wan_sheet(
     model: WanModel,
-    pictures: WanPictures | None,
+    pictures: StreamingDecoder | WanPictures | None,
     settings: RolloutSettings,
     video: VideoSettings,
     path: Path,
