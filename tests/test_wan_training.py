@@ -1,7 +1,11 @@
 """Students of Wan's shape in training: random weights in the real formats, from prompts to an export."""
 
 import hashlib
+import importlib
 import json
+import re
+import shlex
+import shutil
 from pathlib import Path
 
 import layouts
@@ -9,6 +13,7 @@ import pytest
 import torch
 import wan_commands
 
+from sfpp_core import cli
 from sfpp_core.checkpoint import load_student
 from sfpp_core.config import WAN_1_3B, RolloutSettings
 from sfpp_core.errors import SettingsError
@@ -65,7 +70,7 @@ def small(folder, out, *overrides):
         "video.height=32",
         "video.width=48",
         "video.sheet_prompts=1",
-        "video.sheet_seconds=2",
+        "video.sheet_seconds=1",
         f"loop.out={out}",
         "loop.tensorboard=false",
         "loop.device=cpu",
@@ -210,6 +215,58 @@ def test_prompts_are_encoded_once_kept_at_their_length_and_missed_with_a_word(wa
     (folder / INDEX).unlink()
     with pytest.raises(ConfigError, match=r"holds no embeddings of prompts; run training\.encode_prompts"):
         Texts(folder)
+
+
+SMALL = {
+    "encode_prompts": ["device=cpu", "dtype=float32"],
+    "make_ode_pairs": ["pairs=1", "steps=4"],
+    "train_ode": ["loop.iterations=1", "loop.effective_batch=1", "video.sheet_seconds=1"],
+    "train_dmd": [
+        *["segment=6", "horizon=9", "rollout.window=6", "loop.iterations=1", "loop.effective_batch=1"],
+        "video.sheet_seconds=1",
+    ],
+    "export": [],
+}
+"""What makes each stage small; of the paths nothing is changed."""
+
+
+def test_every_command_of_the_readme_runs_at_small_size(wan, tmp_path, monkeypatch):
+    models = tmp_path / "models"
+    shutil.copytree(wan / "teacher", models / "Wan2.1-T2V-1.3B")
+    for source, place in {
+        "Wan2.1_VAE.pth": "Wan2.1-T2V-1.3B/Wan2.1_VAE.pth",
+        "umt5.safetensors": "Wan2.1-T2V-1.3B/models_t5_umt5-xxl-enc-bf16.pth",
+        "student.pt": "self-forcing/ode_init.pt",
+        "taew2_1.safetensors": "taew2_1.safetensors",
+        "prompts.txt": "../prompts.txt",
+    }.items():
+        (models / place).parent.mkdir(exist_ok=True)
+        shutil.copyfile(wan / source, models / place)
+    shutil.copyfile(wan / "student.pt", models / "self-forcing/self_forcing_dmd.pt")
+    (tmp_path / "training").symlink_to(CONFIGS.parent)
+    monkeypatch.chdir(tmp_path)
+    parts = re.findall(r"```sh\n(.*?)```", (CONFIGS.parent / "README.md").read_text(), re.DOTALL)
+    lines = [line for part in parts for line in part.splitlines() if "wan_" in line or "plus" in line]
+    assert len(lines) == 12
+    for line in lines:
+        words = shlex.split(line)
+        _, name, *rest = words[words.index("-m") :]
+        if name == "sfpp_core":
+            assert cli.main(rest) == 0
+            continue
+        stage = importlib.import_module(name)
+        kind = next(getattr(stage, kind) for kind in KINDS if hasattr(stage, kind))
+        changed = list(SMALL[stage.__name__.removeprefix("training.")])
+        if "video" in kind.__annotations__:
+            changed += ["video.height=32", "video.width=48"]
+        if "loop" in kind.__annotations__:
+            changed += ["loop.tensorboard=false", "loop.device=cpu"]
+        stage.main(load(kind, [*rest, *changed], stage=name))
+    assert inspect(tmp_path / "plus.safetensors").stage == "self-forcing++"
+    assert inspect(tmp_path / "plus_lora.safetensors").kind == "adapter"
+
+
+KINDS = ("EncodeSettings", "PairSettings", "OdeSettings", "DmdSettings", "ExportSettings")
 
 
 def test_the_negative_prompt_is_that_of_wan(tmp_path):

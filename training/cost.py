@@ -10,6 +10,9 @@ Checked against Wan 2.1 of 1.3B at 832x480: 40.5e12 operations for a chunk of 3 
 
 from dataclasses import dataclass
 
+import torch
+from torch import nn
+
 from sfpp_core.config import RolloutSettings, StudentConfig
 from sfpp_core.geometry import PATCH, VideoGeometry
 
@@ -19,6 +22,16 @@ BFLOAT16 = 2
 KEPT, KEPT_INSIDE = 16, 3
 """Numbers one layer holds per token in a pass to be differentiated: residual streams, queries, keys, values,
 norms and projections, in widths of the stream; and the feed-forward's, in widths of its own."""
+
+
+COPIES = "float32 weights as they are computed with, in bfloat16"
+"""What ``copies_of`` counts, in a dry run."""
+
+
+def copies_of(module: nn.Module, ranks: int) -> int:
+    """Return the bytes of autocast's copies of trained weights; what ranks gather is narrow already."""
+    wide = [weight for weight in module.parameters() if weight.dtype == torch.float32]
+    return sum(weight.numel() for weight in wide) * BFLOAT16 if ranks == 1 else 0
 
 
 def forward_operations(config: StudentConfig, tokens: int, visible: int) -> float:

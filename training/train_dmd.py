@@ -23,7 +23,7 @@ from sfpp_core.noise import ChunkNoise
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training import parallel
 from training.config import load
-from training.cost import BFLOAT16, MatchingCost
+from training.cost import COPIES, MatchingCost, copies_of
 from training.dmd_settings import DmdSettings
 from training.dry_run import Plan
 from training.first_latent import FirstLatent, Pictures
@@ -220,10 +220,8 @@ def plan_of(settings: DmdSettings, roles: Matching, pieces: Pieces) -> Plan:
         critic_updates=settings.critic_updates,
         checkpointing=settings.checkpointing,
     )
-    trained = [cast(nn.Module, role) for role in (roles.student, roles.critic)]
-    wide = [weight for role in trained for weight in role.parameters() if weight.dtype == torch.float32]
-    copies = sum(weight.numel() for weight in wide) * BFLOAT16 if pieces.ranks == 1 else 0
-    critics = {id(weight) for weight in cast(nn.Module, roles.critic).parameters()}
+    critic = cast(nn.Module, roles.critic)
+    critics = {id(weight) for weight in critic.parameters()}
     asked = cast(nn.Module, roles.teacher).parameters()
     teacher = sum(weight.nbytes for weight in asked if id(weight) not in critics)
     return Plan(
@@ -231,7 +229,7 @@ def plan_of(settings: DmdSettings, roles: Matching, pieces: Pieces) -> Plan:
         shapes={"segment": (settings.batch, config.channels, size, *geometry.chunk_shape[1:])},
         held={
             "teacher, unless the critic holds its weights": teacher,
-            "float32 weights as they are computed with, in bfloat16": copies,
+            COPIES: copies_of(roles.student, pieces.ranks) + copies_of(critic, pieces.ranks),
             **cost.held(),
         },
         operations={name: pieces.per_rank * number for name, number in cost.parts().items()},

@@ -23,7 +23,7 @@ from sfpp_core.kv_cache import CacheShape
 from sfpp_core.student import CausalStudent
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training.config import load
-from training.cost import held, regression_operations
+from training.cost import COPIES, copies_of, held, regression_operations
 from training.forcing import forced_estimates
 from training.loop import LoopSettings, Loss, OptimiserSettings, Plan, Trained, descend, run
 from training.make_ode_pairs import Pairs
@@ -137,7 +137,10 @@ def main(settings: OdeSettings) -> None:
     plan = Plan(
         pieces=pieces,
         shapes={"states": (rollout.steps + 1, settings.batch, *clip)},
-        held=held(model.config, geometry, batch=settings.batch, checkpointing=settings.checkpointing),
+        held={
+            COPIES: copies_of(model, pieces.ranks),
+            **held(model.config, geometry, batch=settings.batch, checkpointing=settings.checkpointing),
+        },
         operations={
             "update": pieces.per_rank
             * settings.batch
