@@ -14,7 +14,9 @@ from training.segments import BackwardNoise
 class DmdSettings:
     """Settings of the distribution-matching stage."""
 
-    SMOKE: ClassVar = ("batch=2", "warmup=1", "every=2", "segment=6", "horizon=9")
+    SMOKE: ClassVar = (
+        "batch=2", "warmup=1", "every=2", "segment=6", "horizon=9", "loop.sample_seconds=[1, 2]",
+    )  # fmt: skip
 
     loop: LoopSettings
     """Length and bookkeeping; an iteration is one rollout."""

@@ -21,7 +21,8 @@ class GrpoSettings:
     """Settings of the reinforcement stage."""
 
     SMOKE: ClassVar = (
-        "latent_frames=6", "prompts=1", "group=2", "exam_videos=1", "dtype=float32", "loop.sample_every=1000",
+        "latent_frames=6", "prompts=1", "group=2", "exam_videos=1", "dtype=float32",
+        "loop.sample_seconds=[1, 2]",
     )  # fmt: skip
 
     loop: LoopSettings

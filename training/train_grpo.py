@@ -47,6 +47,7 @@ from training.policy import (
     surrogate,
 )
 from training.rewards import make_reward, rate, speeds_of, videos
+from training.samples import roll_samples
 from training.teacher import DemoModel, load_demo_model
 from training.world import SIZE, caption, sample_scene
 
@@ -248,10 +249,23 @@ class Learner:
         pairs = zip(self._frames(trace), captions, strict=True)
         return [rate(self.reward, video, text) for video, text in pairs]
 
-    def exam(self, path: Path, *, model: DemoModel | None = None) -> None:
-        """Measure the averaged student, or ``model``: a sheet at ``path``, the numbers beside it."""
-        made = self._sat_exams(model or self.trained.averaged)
-        examine(made, self.reward, self.speeds, self.settings.reward, path)
+    def sample(self, path: Path) -> dict[str, float]:
+        """Sit the exam with the averaged student, and roll out longer videos; return all numbers."""
+        settings, model = self.settings, self.trained.averaged
+        means = self.exam(path, model)
+        longer = roll_samples(
+            model,
+            self.decoder,
+            settings.rollout,
+            path.with_name(f"{path.stem}_long.png"),
+            device=self.policy.device,
+            seconds=settings.loop.sample_seconds,
+        )
+        return {f"exam/{name}": mean for name, mean in means.items()} | longer
+
+    def exam(self, path: Path, model: DemoModel) -> dict[str, float]:
+        """Measure ``model``: a sheet at ``path``, the numbers beside it; return their means."""
+        return examine(self._sat_exams(model), self.reward, self.speeds, self.settings.reward, path)
 
     def _sat_exams(self, model: DemoModel) -> Iterator[tuple[Tensor, str]]:
         """Yield the videos ``model`` makes for the exam and their captions."""
@@ -292,12 +306,12 @@ def main(settings: GrpoSettings) -> None:
     learner = Learner(settings, settings.loop.pick_device())
     before = Path(settings.loop.out) / f"sample_{0:06d}.png"
     if not before.exists() and not settings.loop.dry_run and parallel.rank() == 0:
-        learner.exam(before, model=learner.policy.model)
+        learner.exam(before, learner.policy.model)
     run(
         settings.loop,
         {"model": learner.trained},
         learner.step,
-        learner.exam,
+        learner.sample,
         recipe=settings,
         plan=learner.plan(),
     )
