@@ -196,6 +196,20 @@ class Learner:
 
     def step(self, iteration: int) -> dict[str, float]:
         """Roll out this rank's groups and follow what those of all ranks say."""
+        telling, numbers = self.play(iteration)
+        passes = sum(batch.passes for batch, _, _ in telling)
+        share = parallel.mean({"passes": passes})["passes"]
+        for update in range(self.settings.updates if share else 0):
+            numbers |= self._update(telling, share, iteration * self.settings.updates + update)
+        return numbers
+
+    def play(self, iteration: int) -> tuple[list[tuple[Batch, Trace, Tensor]], dict[str, float]]:
+        """Roll out and reward this rank's groups of one iteration.
+
+        Returns:
+            The batches that teach something, with their traces and advantages: a group whose videos are worth
+            the same teaches nothing, and is not worth a pass. And numbers worth logging.
+        """
         settings, ranks = self.settings, parallel.ranks()
         batches = [
             batch for batch in Batch.draw(settings, iteration) if batch.group % ranks == parallel.rank()
@@ -205,7 +219,6 @@ class Learner:
         for batch, trace in zip(batches, traces, strict=True):
             rewards[batch.group // ranks, batch.rows] = torch.tensor(self.rewards(trace, batch.captions))
         advantages = group_advantages(rewards, floor=settings.least_deviation, limit=settings.advantage_limit)
-        # A group whose videos are worth the same teaches nothing, and is not worth a pass.
         telling = [
             (batch, trace, advantages[batch.group // ranks, batch.rows])
             for batch, trace in zip(batches, traces, strict=True)
@@ -216,11 +229,7 @@ class Learner:
             "deviation": rewards.std(1, correction=0).mean().item(),
             "telling": len(telling) / len(batches),
         }
-        passes = sum(batch.passes for batch, _, _ in telling)
-        share = parallel.mean({"passes": passes})["passes"]
-        for update in range(settings.updates if share else 0):
-            numbers |= self._update(telling, share, iteration * settings.updates + update)
-        return numbers
+        return telling, numbers
 
     def _update(
         self, telling: list[tuple[Batch, Trace, Tensor]], share: float, count: int
