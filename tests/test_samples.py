@@ -48,8 +48,7 @@ def test_a_student_is_rolled_out_once_for_all_lengths_and_measured_by_its_world(
     decoder.mean.zero_()
     decoder.std.fill_(1)
     asked = []
-    words = model.words
-    model.words = lambda prompts: asked.append(prompts) or words(prompts)
+    model.words.register_forward_hook(lambda _, given, __: asked.append(given[0]))
     numbers = roll_samples(
         model,
         decoder,
