@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def _open_wandb(out: Path, project: str, recipe: Mapping[str, str]) -> Any:
 
     path = out / _WANDB_ID
     if not path.exists():
-        path.write_text(wandb.util.generate_id())
+        path.write_text(secrets.token_hex(8))
     return wandb.init(
         project=project, dir=str(out), id=path.read_text(), name=out.name, resume="allow", config=dict(recipe)
     )

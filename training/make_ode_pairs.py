@@ -14,7 +14,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ from training.world import caption, sample_scene
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairSettings:
     """Settings of the pair stage."""
+
+    SMOKE: ClassVar = ("pairs=4", "batch=2", "steps=4", "threads=1")
 
     teacher: str
     """``last.pt`` of the teacher's stage; for Wan also a published checkpoint."""

@@ -11,7 +11,7 @@ G videos of one prompt.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -32,7 +32,10 @@ Chosen = Mapping[int, Sequence[int]]
 
 @dataclass(frozen=True, slots=True)
 class VideoNoise:
-    """Noise of several videos, each a function of its own seed and not of what it is batched with."""
+    """Noise of several videos, each a function of its own seed and not of what it is batched with.
+
+    Each is standard normal noise, whatever it shares with the others.
+    """
 
     starts: tuple[int, ...]
     """Seed of what each video starts from, in every chunk."""
@@ -40,11 +43,49 @@ class VideoNoise:
     actions: tuple[int, ...]
     """Seed of what is added to each video between steps."""
 
+    shared: int | None = None
+    """Seed of what is added to all of them, but for the actions in ``chosen``."""
+
+    chosen: Chosen = field(default_factory=dict)
+    """Steps whose actions the videos do not share, by chunk."""
+
+    signs: tuple[int, ...] = ()
+    """1, or -1 for a video that takes its seed's noise the other way round; none is all 1."""
+
+    def apart(self, chosen: Chosen, *, mirrored: bool) -> "VideoNoise":
+        """Return noise by which the videos differ in the ``chosen`` actions alone.
+
+        Args:
+            chosen: Steps by chunk.
+            mirrored: Give every second video the opposite of the noise before it.
+        """
+        videos = len(self.actions)
+        actions = self.actions
+        if mirrored:
+            actions = tuple(actions[video - video % 2] for video in range(videos))
+        signs = tuple(-1 if mirrored and video % 2 else 1 for video in range(videos))
+        return replace(self, actions=actions, shared=self.actions[0], chosen=chosen, signs=signs)
+
+    def part(self, rows: slice) -> "VideoNoise":
+        """Return the noise of some of the videos."""
+        return replace(self, starts=self.starts[rows], actions=self.actions[rows], signs=self.signs[rows])
+
     def draw(self, shape: tuple[int, ...], *, chunk: int, step: int, like: Tensor) -> Tensor:
         """Return standard normal noise of ``shape``, ``(B, C, T, H, W)``, like ``like``."""
-        seeds = self.actions if step else self.starts
         one = (1, *shape[1:])
-        return torch.cat([ChunkNoise(seed).draw(one, chunk=chunk, step=step, like=like) for seed in seeds])
+        # The noise of step k + 1 is the action of step k.
+        if step and self.shared is not None and step - 1 not in self.chosen.get(chunk, ()):
+            return (
+                ChunkNoise(self.shared)
+                .draw(one, chunk=chunk, step=step, like=like)
+                .expand(shape)
+                .contiguous()
+            )
+        seeds = self.actions if step else self.starts
+        noise = [ChunkNoise(seed).draw(one, chunk=chunk, step=step, like=like) for seed in seeds]
+        if step and self.signs:
+            noise = [sign * drawn for sign, drawn in zip(self.signs, noise, strict=True)]
+        return torch.cat(noise)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
