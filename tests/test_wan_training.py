@@ -69,8 +69,8 @@ def small(folder, out, *overrides):
         f"video.prompts={folder / 'texts'}",
         "video.height=32",
         "video.width=48",
-        "video.sheet_prompts=1",
-        "video.sheet_seconds=1",
+        "video.sample_prompts=1",
+        "loop.sample_seconds=[1]",
         f"loop.out={out}",
         "loop.tensorboard=false",
         "loop.device=cpu",
@@ -110,7 +110,13 @@ DRY = ["loop.dry_run=true", "loop.effective_batch=8"]
 
 def test_adapters_on_shared_weights_are_streamed_resumed_and_exported_for_core(wan, tmp_path):
     sizes = ["horizon=12", "every=1", "student.lora.rank=4", "student.lora.alpha=8", "critic.lora.rank=4"]
-    more = [*sizes, "student.lr=1e-2", "loop.sample_every=1000", "first_latent=mask", "video.sheet_prompts=0"]
+    more = [
+        *sizes,
+        "student.lr=1e-2",
+        "loop.sample_every=1000",
+        "first_latent=mask",
+        "video.sample_prompts=0",
+    ]
     states = []
     for name, stops in (("whole", [3]), ("parts", [2, 3])):
         for stop in stops:
@@ -178,7 +184,7 @@ def test_trajectories_of_wan_lead_to_a_causal_student(wan, tmp_path):
         *loop,
         *video,
         "loop.tensorboard=false",
-        "video.sheet_seconds=1",
+        "loop.sample_seconds=[1]",
     )
     assert (tmp_path / "ode" / "sample_000001.png").exists()
     exported = [f"run={tmp_path / 'ode'}", f"out={tmp_path / 'ode.safetensors'}", "stage=ode"]
@@ -220,10 +226,10 @@ def test_prompts_are_encoded_once_kept_at_their_length_and_missed_with_a_word(wa
 SMALL = {
     "encode_prompts": ["device=cpu", "dtype=float32"],
     "make_ode_pairs": ["pairs=1", "steps=4"],
-    "train_ode": ["loop.iterations=1", "loop.effective_batch=1", "video.sheet_seconds=1"],
+    "train_ode": ["loop.iterations=1", "loop.effective_batch=1", "loop.sample_seconds=[1]"],
     "train_dmd": [
         *["segment=6", "horizon=9", "rollout.window=6", "loop.iterations=1", "loop.effective_batch=1"],
-        "video.sheet_seconds=1",
+        "loop.sample_seconds=[1]",
     ],
     "export": [],
 }
@@ -325,7 +331,7 @@ def test_roles_of_another_kind_are_refused(wan, tmp_path):
     with pytest.raises(SettingsError, match="cannot encode the frames to start from"):
         tiny = [f"autoencoder={wan / 'taew2_1.safetensors'}", "horizon=6"]
         dmd("wan_1_3b_8gpu", *small(wan, tmp_path, *tiny))
-    sizes = ["horizon=6", "loop.iterations=1", "video.sheet_prompts=0", "autoencoder=''"]
+    sizes = ["horizon=6", "loop.iterations=1", "video.sample_prompts=0", "autoencoder=''"]
     adapters = ["every=1", "loop.effective_batch=1", "student.lora.rank=2", "critic.lora.rank=2"]
     dmd("wan_1_3b_lora_24gb", *small(wan, tmp_path, *sizes, *adapters))
     with pytest.raises(ConfigError, match="holds adapters of a model, not a model; export them"):

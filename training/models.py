@@ -52,11 +52,8 @@ class VideoSettings:
     width: int = 832
     """Pixels of Wan's videos."""
 
-    sheet_prompts: int = 2
-    """Prompts of a sample sheet: the first of the file."""
-
-    sheet_seconds: float = 20.0
-    """Length of the videos on it."""
+    sample_prompts: int = 2
+    """Prompts of the sample videos: the first of the file."""
 
     teraflops: float = 0.0
     """What one device computes per second, for a dry run's time where no log tells it; 0 is unknown."""
@@ -155,7 +152,7 @@ def space_of(config: StudentConfig) -> LatentSpace:
 
 
 def geometry_of(
-    video: VideoSettings, config: StudentConfig, *, chunk: int, latent_frames: int | None = None
+    video: VideoSettings, config: StudentConfig, *, chunk: int, frames: int = CLIP.frames
 ) -> VideoGeometry:
     """Return the size of the clips that are trained on.
 
@@ -163,12 +160,11 @@ def geometry_of(
         video: Whose videos, and their size.
         config: Architecture of the models.
         chunk: Latent frames generated together.
-        latent_frames: Length; ``None`` is that of the demo's clips, 21.
+        frames: Length; by default five seconds, 21 latent frames.
 
     Raises:
         GeometryError: Wan has no videos of this size.
     """
-    frames = VideoGeometry.frames_of(latent_frames or CLIP.latent_frames)
     if not video.is_wan:
         return replace(CLIP, chunk=chunk, frames=frames)
     space = space_of(config)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from sfpp_core.geometry import VideoGeometry
 from sfpp_core.kv_cache import CacheShape
 from sfpp_core.machine import peak_memory
 from sfpp_core.noise import ChunkNoise
@@ -37,7 +38,7 @@ from training.sheets import roll_sheet
 from training.streaming import Stream, StreamLaw
 from training.texts import Texts
 from training.trained import Trained
-from training.wan_sheets import WanPictures, load_pictures, roll_wan_sheet
+from training.wan_sheets import WanPictures, load_pictures, roll_wan_samples
 from training.world import caption, sample_scene
 
 logger = logging.getLogger(__name__)
@@ -208,7 +209,9 @@ def load_roles(
 def plan_of(settings: DmdSettings, roles: Matching, pieces: Pieces) -> Plan:
     """Return what a dry run tells beside what is trained."""
     config, size = roles.student.config, settings.segment
-    geometry = geometry_of(settings.video, config, chunk=settings.rollout.chunk, latent_frames=size)
+    geometry = geometry_of(
+        settings.video, config, chunk=settings.rollout.chunk, frames=VideoGeometry.frames_of(size)
+    )
     cost = MatchingCost(
         config=config,
         geometry=geometry,
@@ -261,7 +264,8 @@ def sheet_of(
     """Write the sample sheet of the demo, or of Wan; return what was measured on it."""
     if isinstance(model, WanModel):
         assert not isinstance(autoencoder, TinyAutoencoder)
-        return roll_wan_sheet(model, autoencoder, settings.rollout, settings.video, path)
+        seconds = settings.loop.sample_seconds
+        return roll_wan_samples(model, autoencoder, settings.rollout, settings.video, path, seconds=seconds)
     assert isinstance(autoencoder, TinyAutoencoder)
     roll_sheet(model, autoencoder, settings.rollout, path, device=device)
     return None

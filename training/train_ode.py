@@ -29,7 +29,7 @@ from training.loop import LoopSettings, Loss, OptimiserSettings, Plan, Trained, 
 from training.make_ode_pairs import Pairs
 from training.models import VideoSettings, WanModel, attention_of, geometry_of, load_role
 from training.sheets import roll_sheet
-from training.wan_sheets import WanPictures, load_pictures, roll_wan_sheet
+from training.wan_sheets import WanPictures, load_pictures, roll_wan_samples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +129,10 @@ def main(settings: OdeSettings) -> None:
     def sample(path: Path) -> Mapping[str, float] | None:
         if isinstance(trained.averaged, WanModel):
             pictures = cast("WanPictures | None", autoencoder)
-            return roll_wan_sheet(trained.averaged, pictures, rollout, settings.video, path)
+            seconds = settings.loop.sample_seconds
+            return roll_wan_samples(
+                trained.averaged, pictures, rollout, settings.video, path, seconds=seconds
+            )
         assert isinstance(autoencoder, TinyAutoencoder)
         roll_sheet(trained.averaged, autoencoder, rollout, path, device=device)
         return None

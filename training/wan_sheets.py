@@ -1,10 +1,10 @@
-"""Wan's pictures in training: an autoencoder for the first latent frame, and the sample sheets.
+"""Wan's pictures in training: an autoencoder for the first latent frame, and the samples.
 
 Legend: B batch, C channels, T latent frames, F frames, H and W pixels, h and w latent cells.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,16 +14,17 @@ from torch.nn import functional
 from sfpp_core.attention import sdpa
 from sfpp_core.config import RolloutSettings, StudentConfig
 from sfpp_core.decoder import StreamingDecoder, StreamingEncoder, check_decoder, load_decoder, load_encoder
+from sfpp_core.geometry import frames_in
 from sfpp_core.sampler import LongSampler
 from sfpp_core.student import CausalStudent
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
-from training.models import VideoSettings, WanModel, geometry_of, texts_of
-from training.sheets import sheet
+from training.models import VideoSettings, WanModel, geometry_of, space_of, texts_of
+from training.samples import keep_samples
 
 logger = logging.getLogger(__name__)
 
-SIDE = 160
-"""Pixels of the longer side of a frame on a sheet, at most."""
+SIDE = 208
+"""Pixels of the longer side of a sample, at most."""
 
 
 class WanPictures:
@@ -94,35 +95,37 @@ def load_pictures(
 
 
 @torch.inference_mode()
-def roll_wan_sheet(
+def roll_wan_samples(
     model: WanModel,
     pictures: StreamingDecoder | WanPictures | None,
     settings: RolloutSettings,
     video: VideoSettings,
     path: Path,
-) -> Mapping[str, float] | None:
-    """Write a contact sheet of rollouts of the first prompts, and measure how their exposure holds.
+    *,
+    seconds: Sequence[float],
+) -> dict[str, float]:
+    """Roll out the first prompts and keep them, reduced, as ``samples.keep_samples`` does.
 
     Args:
         model: The student.
-        pictures: What shows its latents; ``None`` makes no sheet, and says so.
+        pictures: What shows its latents; ``None`` makes no samples, and says so.
         settings: How it is rolled out.
         video: Prompts and size.
-        path: A .png file.
+        path: The sheet, a .png file.
+        seconds: Lengths of the videos.
 
     Returns:
-        ``exposure_drift``: how far the mean brightness of the last second is from the first's, in [0, 1].
+        The numbers of ``keep_samples``.
     """
     texts = texts_of(model)
-    if pictures is None or texts is None or not video.sheet_prompts:
-        logger.info("no sample sheet: autoencoder or video.sheet_prompts is empty")
-        return None
+    if pictures is None or texts is None or not video.sample_prompts:
+        logger.info("no samples: autoencoder is empty, or video.sample_prompts 0")
+        return {}
     device = model.network.head.modulation.device
-    fps = geometry_of(video, model.config, chunk=settings.chunk).fps
-    latent_frames = max(1, round(video.sheet_seconds * fps / 4))
-    geometry = geometry_of(video, model.config, chunk=settings.chunk, latent_frames=latent_frames)
-    rows, drifts = [], []
-    for prompt in texts.prompts[: video.sheet_prompts]:
+    frames = frames_in(max(seconds), fps=space_of(model.config).fps)
+    geometry = geometry_of(video, model.config, chunk=settings.chunk, frames=frames)
+    prompts, videos = texts.prompts[: video.sample_prompts], []
+    for prompt in prompts:
         with torch.autocast(device.type, torch.bfloat16):
             student = CausalStudent(model.network, model.config, attend=sdpa, dtype=torch.bfloat16)
             sampler = LongSampler(
@@ -130,19 +133,15 @@ def roll_wan_sheet(
             )
             clean = [chunk.cpu() for chunk in sampler.chunks(model.words([prompt]))]
         pictures.reset()
-        frames = torch.cat([_small(pictures.decode(chunk.to(device))[0]) for chunk in clean])
+        videos.append(torch.cat([_small(pictures.decode(chunk.to(device))[0]) for chunk in clean])[:frames])
         pictures.reset()
-        brightness = frames.mean((1, 2, 3))
-        drifts.append((brightness[-fps:].mean() - brightness[:fps].mean()).abs().item())
-        rows.append((f"{prompt[:100]} ({video.sheet_seconds:g} s)", frames))
-    sheet(rows, path, enlarge=1)
-    return {"exposure_drift": sum(drifts) / len(drifts)}
+    return keep_samples(torch.stack(videos), [text[:100] for text in prompts], path, seconds=seconds)
 
 
 def _small(frames: Tensor) -> Tensor:
-    """Return frames ``(F, 3, H, W)`` at the size of a sheet, on the CPU."""
+    """Return frames ``(F, 3, H, W)`` in [0, 1] reduced, as bytes, on the CPU."""
     shrink = SIDE / max(frames.shape[-2:])
     if shrink < 1:
-        size = [round(length * shrink) for length in frames.shape[-2:]]
+        size = [2 * round(length * shrink / 2) for length in frames.shape[-2:]]
         frames = functional.interpolate(frames.float(), size=size, mode="area")
-    return frames.float().cpu()
+    return (frames.float().clamp(0, 1) * 255).round().byte().cpu()
