@@ -22,7 +22,7 @@ from sfpp_core.inspection import inspect
 from sfpp_core.lora import read_adapter
 from sfpp_core.text_cache import encode_prompts as encode
 from sfpp_core.text_encoder import TextEncoder
-from training import encode_prompts, export, make_ode_pairs, train_dmd, train_ode
+from training import encode_prompts, export, make_ode_pairs, train_dmd, train_grpo, train_ode
 from training.config import ConfigError, load
 from training.cost import forward_operations, held
 from training.models import VideoSettings, load_role
@@ -234,6 +234,22 @@ SMALL = {
     "export": [],
 }
 """What makes each stage small; of the paths nothing is changed."""
+
+
+def test_reinforcement_moves_adapters_of_a_wan(wan, tmp_path):
+    models = [f"student_run={wan / 'student.pt'}", f"autoencoder={wan / 'taew2_1.safetensors'}"]
+    video = [f"video.prompts={wan / 'texts'}", "video.height=32", "video.width=48", "video.sample_prompts=1"]
+    loop = [f"loop.out={tmp_path}", "loop.iterations=1", "loop.tensorboard=false", "loop.device=cpu"]
+    sizes = ["latent_frames=6", "prompts=1", "group=2", "loop.sample_seconds=[1]", "rollout.window=6"]
+    start(train_grpo, train_grpo.GrpoSettings, "wan_grpo", *models, *video, *loop, *sizes, "chunk_share=1.0")
+    line = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert line["telling"] == 1
+    assert line["norm"] > 0
+    assert (tmp_path / "sample_000001.png").exists()
+    start(train_grpo, train_grpo.GrpoSettings, "wan_grpo", f"loop.out={tmp_path / 'x'}", "--dry-run")
+    out = tmp_path / "lora.safetensors"
+    start(export, export.ExportSettings, "wan_export", f"run={tmp_path}", f"out={out}")
+    assert read_adapter(out, wan_commands.CONFIG).changed
 
 
 def test_every_command_of_the_readme_runs_at_small_size(wan, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from sfpp_core.config import RolloutSettings
 from training import parallel
 from training.config import ConfigError
 from training.loop import LoopSettings, OptimiserSettings
+from training.models import VideoSettings
 from training.policy import Reduction
 from training.rewards import RewardSettings
 
@@ -101,11 +102,19 @@ class GrpoSettings:
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """How the student is rolled out."""
 
+    checkpointing: bool = False
+    """Recompute each layer in backward instead of keeping its activations."""
+
+    video: VideoSettings = field(default_factory=VideoSettings)
+    """Wan's prompts and sizes; without them it is the demo's world, whose exam every sample sits."""
+
     def __post_init__(self) -> None:
         self._check_choices()
         self._check_ranks()
         if self.latent_frames % self.rollout.chunk:
             raise ConfigError(f"latent_frames is {self.latent_frames}; it must be a multiple of the chunk.")
+        if self.video.is_wan and not self.student_run:
+            raise ConfigError("student_run is empty, which is the embedded demo; name a student of Wan.")
         if self.rollout.steps < 2:
             raise ConfigError("rollout.steps is 1, which leaves no action to learn; use at least 2, e.g. 4.")
         if self.group < 2:

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from sfpp_core import demo
-from sfpp_core.attention import matmul
-from sfpp_core.decoder import load_decoder
+from sfpp_core.decoder import PREVIEW, load_decoder
 from sfpp_core.geometry import VideoGeometry
 from sfpp_core.kv_cache import CacheShape
 from sfpp_core.student import CausalStudent
@@ -33,6 +32,7 @@ from training.config import load
 from training.exam import examine, papers
 from training.grpo_settings import DTYPES, GrpoSettings
 from training.loop import Pieces, Plan, Trained, run
+from training.models import Model, WanModel, attention_of, geometry_of, load_role
 from training.policy import (
     Mixed,
     Reduction,
@@ -48,8 +48,10 @@ from training.policy import (
 )
 from training.rewards import make_reward, rate, speeds_of, videos
 from training.samples import roll_samples
-from training.teacher import DemoModel, load_demo_model
-from training.world import SIZE, caption, sample_scene
+from training.teacher import DemoModel
+from training.texts import Texts
+from training.wan_sheets import roll_wan_samples
+from training.world import caption, sample_scene
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +78,15 @@ class Batch:
         return sum(map(len, self.chosen.values()))
 
     @classmethod
-    def draw(cls, settings: GrpoSettings, iteration: int) -> "list[Batch]":
-        """Draw the batches of one iteration: a function of the seed and the iteration."""
+    def draw(cls, settings: GrpoSettings, iteration: int, texts: Texts | None = None) -> "list[Batch]":
+        """Draw the batches of one iteration, of Wan's ``texts`` or of the demo's world.
+
+        They are a function of the seed and the iteration.
+        """
         rng = np.random.default_rng((settings.loop.seed, 6, iteration))
         size, batches = settings.at_once or settings.group, []
         for group in range(settings.prompts):
-            text = caption(sample_scene(rng), rng)
+            text = caption(sample_scene(rng), rng) if texts is None else texts.draw(rng, 1)[0]
             starts, actions = rng.integers(2**62, size=(2, settings.group)).tolist()
             if settings.same_start:
                 starts = starts[:1] * settings.group
@@ -108,22 +113,30 @@ class Policy:
     def __init__(self, settings: GrpoSettings, device: torch.device) -> None:
         """Load the student, and a copy of it if it shall stay near."""
         self.settings, self.device, self.dtype = settings, device, DTYPES[settings.dtype]
-        self.model = starting_model(settings.student_run).to(device).requires_grad_(True)
+        self.texts = settings.video.open_texts(dry_run=settings.loop.dry_run)
+        self.model = starting_model(settings, self.texts, device).requires_grad_(True)
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if settings.kl else None
         self.chunks = settings.latent_frames // settings.rollout.chunk
         frames = VideoGeometry.frames_of(settings.latent_frames)
-        geometry = VideoGeometry(height=SIZE, width=SIZE, frames=frames, chunk=settings.rollout.chunk)
+        chunk = settings.rollout.chunk
+        geometry = geometry_of(settings.video, self.model.config, chunk=chunk, frames=frames)
         self.shape = CacheShape.of(self.model.config, geometry, settings.rollout)
         self.chunk_shape = (self.model.config.channels, *geometry.chunk_shape)
 
-    def bind(self, model: DemoModel, captions: Sequence[str]) -> Mixed:
+    def bind(self, model: Model, captions: Sequence[str]) -> Mixed:
         """Return ``model`` bound to one caption per video."""
-        student = CausalStudent(model.network, model.config, attend=matmul, dtype=self.dtype)
+        student = CausalStudent(
+            model.network,
+            model.config,
+            attend=attention_of(model),
+            dtype=self.dtype,
+            checkpointing=self.settings.checkpointing,
+        )
         with Mixed.region(self.device, self.dtype):
             return Mixed(student.bind(model.words(captions)), self.dtype, self.device)
 
     @torch.no_grad()
-    def play(self, captions: Sequence[str], noise: VideoNoise, *, model: DemoModel | None = None) -> Trace:
+    def play(self, captions: Sequence[str], noise: VideoNoise, *, model: Model | None = None) -> Trace:
         """Roll out one video per caption."""
         like = torch.empty(len(captions), *self.chunk_shape, device=self.device)
         student, schedule = self.bind(model or self.model, captions), self.settings.rollout.schedule()
@@ -169,15 +182,20 @@ class Policy:
             yield estimate
 
 
-def starting_model(path: str) -> DemoModel:
-    """Return the averaged weights of the run ``path``, or the embedded demo if it is empty."""
-    if path:
-        return load_demo_model(Path(path))
+def starting_model(settings: GrpoSettings, texts: Texts | None, device: torch.device) -> Model:
+    """Return what the student starts from: a run, for Wan also a checkpoint, or the embedded demo."""
+    if settings.student_run:
+        narrow = settings.video.is_wan and settings.optimiser.lora.rank
+        dtype = torch.bfloat16 if narrow else torch.float32
+        model = load_role(settings.student_run, settings.video, texts, device=device, dtype=dtype)
+        if settings.video.is_wan:
+            torch.manual_seed(settings.loop.seed)  # every rank draws the same adapters
+        return model
     shipped = demo.load()
     model = DemoModel(shipped.config)
     model.network.load_state_dict(shipped.network.state_dict())
     model.words.load_state_dict(shipped.words.state_dict())
-    return model
+    return model.to(device)
 
 
 class Learner:
@@ -189,8 +207,10 @@ class Learner:
         self.reward = make_reward(settings.reward, device=device)
         self.speeds = speeds_of(settings.reward, device=device)
         self.policy = Policy(settings, device)
-        channels = self.policy.model.config.channels
-        self.decoder = load_decoder(Path(settings.autoencoder), device=device, channels=channels)
+        channels, idle = self.policy.model.config.channels, settings.video.is_wan and device.type == "meta"
+        where = torch.device("cpu") if idle else device
+        choice = PREVIEW if idle else Path(settings.autoencoder)
+        self.decoder = load_decoder(choice, device=where, channels=channels)
         updates = settings.loop.iterations * settings.updates
         self.trained = Trained(self.policy.model, settings.optimiser, updates=updates)
 
@@ -212,7 +232,9 @@ class Learner:
         """
         settings, ranks = self.settings, parallel.ranks()
         batches = [
-            batch for batch in Batch.draw(settings, iteration) if batch.group % ranks == parallel.rank()
+            batch
+            for batch in Batch.draw(settings, iteration, self.policy.texts)
+            if batch.group % ranks == parallel.rank()
         ]
         traces = [self.policy.play(batch.captions, batch.noise) for batch in batches]
         rewards = torch.zeros(settings.prompts // ranks, settings.group)
@@ -261,6 +283,11 @@ class Learner:
     def sample(self, path: Path) -> dict[str, float]:
         """Sit the exam with the averaged student, and roll out longer videos; return all numbers."""
         settings, model = self.settings, self.trained.averaged
+        if isinstance(model, WanModel):
+            seconds = settings.loop.sample_seconds
+            return roll_wan_samples(
+                model, self.decoder, settings.rollout, settings.video, path, seconds=seconds
+            )
         means = self.exam(path, model)
         longer = roll_samples(
             model,
@@ -313,9 +340,10 @@ class Learner:
 def main(settings: GrpoSettings) -> None:
     """Reinforce the student."""
     learner = Learner(settings, settings.loop.pick_device())
-    before = Path(settings.loop.out) / f"sample_{0:06d}.png"
-    if not before.exists() and not settings.loop.dry_run and parallel.rank() == 0:
-        learner.exam(before, learner.policy.model)
+    before, model = Path(settings.loop.out) / f"sample_{0:06d}.png", learner.policy.model
+    examined = settings.loop.dry_run or before.exists()
+    if isinstance(model, DemoModel) and not examined and parallel.rank() == 0:
+        learner.exam(before, model)
     run(
         settings.loop,
         {"model": learner.trained},
