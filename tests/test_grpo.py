@@ -174,10 +174,12 @@ def test_groups_that_ranks_cannot_share_are_refused(settings, monkeypatch):
         ("dtype=float16", "dtype is 'float16'; use 'float32' or 'bfloat16'"),
         ("clip=0", "clip is 0.0; it must be above 0"),
         ("step_share=1.5", "step_share is 1.5; it must be above 0 and at most 1"),
+        ("coarse=0", "coarse is 0; it must be above 0"),
+        (["coarse=2", "differ=all"], "coarse is 2, and differ 'all'; set differ=weighed"),
         ("differ=some", "differ is 'some'; use 'weighed' or 'all'"),
         ("loop.effective_batch=4", "loop.effective_batch is 4; here it is prompts x group, 8"),
     ],
 )
 def test_impossible_settings_are_refused(settings, change, message):
     with pytest.raises(ConfigError, match=message):
-        settings(change)
+        settings(*([change] if isinstance(change, str) else change))

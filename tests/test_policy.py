@@ -23,6 +23,7 @@ from training.policy import (
     group_advantages,
     log_ratio,
     record,
+    square_means,
     surrogate,
 )
 
@@ -75,6 +76,19 @@ def test_videos_of_a_group_differ_by_the_chosen_actions_alone(mirrored):
         for first in (0, 2)
     ]
     assert torch.equal(torch.cat(parts), rows)
+
+
+@pytest.mark.parametrize("side", [2, 4, 8])
+def test_videos_can_differ_by_the_coarse_part_of_an_action_alone(side):
+    noise = VideoNoise((1, 1), (2, 3)).apart({0: [1]}, mirrored=True, coarse=side)
+    rows = noise.draw((2, 64, 6, 8, 10), chunk=0, step=2, like=LIKE)
+    apart = rows[0] - rows[1]
+    torch.testing.assert_close(square_means(apart[None], side)[0], apart)
+    assert apart.abs().max() > 0.1
+    # Both are plain noise: of unit variance, and independent between neighbours.
+    for row in rows:
+        assert abs(float(row.std()) - 1) < 0.02
+        assert abs(float((row[..., 1:] * row[..., :-1]).mean())) < 0.02
 
 
 def test_the_trace_makes_every_state_again_to_the_bit():

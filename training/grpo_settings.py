@@ -61,6 +61,11 @@ class GrpoSettings:
     """Give every second video of a group the opposite noise of the one before it: what does not depend on the
     direction of an action then cancels. With ``differ="all"`` no video is mirrored."""
 
+    coarse: int = 1
+    """Let them differ by the means over squares of this many latent cells a side alone, above 1 with
+    ``differ="weighed"`` only. What moves in a video follows the coarse part of its noise, which has far fewer
+    numbers: a reward tells as much more about each of them."""
+
     updates: int = 1
     """Updates per batch of rollouts. With 1 every ratio is 1 and nothing is ever clipped."""
 
@@ -121,7 +126,19 @@ class GrpoSettings:
             raise ConfigError(f"group is {self.group}; comparing needs at least 2 videos, e.g. 8.")
         if self.group % (self.at_once or self.group):
             raise ConfigError(f"at_once is {self.at_once}; it must divide the group, {self.group}.")
-        for name in ("prompts", "updates", "clip", "least_deviation", "advantage_limit", "exam_videos"):
+        if self.coarse > 1 and self.differ == "all":
+            raise ConfigError(
+                f"coarse is {self.coarse}, and differ is 'all'; set differ=weighed or coarse=1."
+            )
+        for name in (
+            "prompts",
+            "updates",
+            "coarse",
+            "clip",
+            "least_deviation",
+            "advantage_limit",
+            "exam_videos",
+        ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0.")
 

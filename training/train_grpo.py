@@ -100,7 +100,7 @@ class Batch:
             )
             videos = VideoNoise(tuple(starts), tuple(actions))
             if settings.differ == "weighed":
-                videos = videos.apart(chosen, mirrored=settings.mirrored)
+                videos = videos.apart(chosen, mirrored=settings.mirrored, coarse=settings.coarse)
             for first in range(0, settings.group, size):
                 rows = slice(first, first + size)
                 batches.append(cls([text] * size, videos.part(rows), group, rows, chosen))

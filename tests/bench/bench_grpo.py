@@ -26,6 +26,8 @@ ROWS = {
     "only what is weighed differs": ["differ=weighed", "mirrored=false", "chunk_share=1.0"],
     "of one chunk": ["differ=weighed", "mirrored=false", "chunk_share=0.01"],
     "of one chunk, mirrored": ["differ=weighed", "mirrored=true", "chunk_share=0.01"],
+    "its means over 4x4 cells": ["differ=weighed", "mirrored=true", "chunk_share=0.01", "coarse=4"],
+    "its means over 8x8 cells": ["differ=weighed", "mirrored=true", "chunk_share=0.01", "coarse=8"],
 }
 
 
