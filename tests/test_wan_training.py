@@ -231,6 +231,10 @@ SMALL = {
         *["segment=6", "horizon=9", "rollout.window=6", "loop.iterations=1", "loop.effective_batch=1"],
         "loop.sample_seconds=[1]",
     ],
+    "train_grpo": [
+        *["latent_frames=6", "prompts=1", "group=2", "rollout.window=6", "loop.iterations=1"],
+        "loop.sample_seconds=[1]",
+    ],
     "export": [],
 }
 """What makes each stage small; of the paths nothing is changed."""
@@ -269,7 +273,7 @@ def test_every_command_of_the_readme_runs_at_small_size(wan, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     parts = re.findall(r"```sh\n(.*?)```", (CONFIGS.parent / "README.md").read_text(), re.DOTALL)
     lines = [line for part in parts for line in part.splitlines() if "wan_" in line or "plus" in line]
-    assert len(lines) == 12
+    assert len(lines) == 13
     for line in lines:
         words = shlex.split(line)
         _, name, *rest = words[words.index("-m") :]
@@ -288,7 +292,7 @@ def test_every_command_of_the_readme_runs_at_small_size(wan, tmp_path, monkeypat
     assert inspect(tmp_path / "plus_lora.safetensors").kind == "adapter"
 
 
-KINDS = ("EncodeSettings", "PairSettings", "OdeSettings", "DmdSettings", "ExportSettings")
+KINDS = ("EncodeSettings", "PairSettings", "OdeSettings", "DmdSettings", "GrpoSettings", "ExportSettings")
 
 
 def test_the_negative_prompt_is_that_of_wan(tmp_path):

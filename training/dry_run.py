@@ -130,6 +130,10 @@ def report(
             f"  effective batch {pieces.effective}: {pieces.ranks} ranks x {pieces.per_rank} pieces x "
             f"batch {pieces.batch}"
         )
+    if plan.operations:
+        lines.append(
+            "  caches, activations and operations are counted as training/cost.py says, not measured"
+        )
     for name, operations in plan.operations.items():
         lines.append(f"  {name}: {operations / 1e12:,.0f}e12 operations per iteration on each rank")
     if not pace and plan.pace:

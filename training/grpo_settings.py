@@ -118,8 +118,6 @@ class GrpoSettings:
         self._check_ranks()
         if self.latent_frames % self.rollout.chunk:
             raise ConfigError(f"latent_frames is {self.latent_frames}; it must be a multiple of the chunk.")
-        if self.video.is_wan and not self.student_run:
-            raise ConfigError("student_run is empty, which is the embedded demo; name a student of Wan.")
         if self.rollout.steps < 2:
             raise ConfigError("rollout.steps is 1, which leaves no action to learn; use at least 2, e.g. 4.")
         if self.group < 2:
@@ -154,6 +152,8 @@ class GrpoSettings:
                 raise ConfigError(
                     f"{name} is {getattr(self, name)!r}; use {' or '.join(map(repr, choices))}."
                 )
+        if self.video.is_wan and not self.student_run:
+            raise ConfigError("student_run is empty, which is the embedded demo; name a student of Wan.")
         for name in ("chunk_share", "step_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0 and at most 1.")
