@@ -130,18 +130,22 @@ def report(
             f"  effective batch {pieces.effective}: {pieces.ranks} ranks x {pieces.per_rank} pieces x "
             f"batch {pieces.batch}"
         )
+    return [*lines, *_duration(plan, iterations, pace)]
+
+
+def _duration(plan: Plan, iterations: int, pace: float | None) -> list[str]:
+    """Return the lines about operations and time."""
+    lines = []
     if plan.operations:
         lines.append(
             "  caches, activations and operations are counted as training/cost.py says, not measured"
         )
     for name, operations in plan.operations.items():
         lines.append(f"  {name}: {operations / 1e12:,.0f}e12 operations per iteration on each rank")
+    told = f"  {iterations:,} iterations, {_time(iterations, pace or plan.pace)}"
     if not pace and plan.pace:
-        lines.append(f"  {iterations:,} iterations, {_time(iterations, plan.pace)}, if a device computes ")
-        lines[-1] += f"{plan.teraflops:g}e12 operations a second"
-    else:
-        lines.append(f"  {iterations:,} iterations, {_time(iterations, pace)}")
-    return lines
+        told += f", if a device computes {plan.teraflops:g}e12 operations a second"
+    return [*lines, told]
 
 
 def _time(iterations: int, pace: float | None) -> str:
