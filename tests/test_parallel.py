@@ -17,7 +17,7 @@ import torch
 from ranked import Recipe, train
 from stage_runs import begin, plant
 
-from training.config import ConfigError
+from training.config import ConfigError, load
 from training.loop import LoopSettings
 from training.parallel import Pieces
 from training.state import newest, read_averaged
@@ -215,3 +215,12 @@ def test_the_pieces_of_all_ranks_are_those_of_one(monkeypatch):
         ConfigError, match=r"effective_batch is 6; with 2 ranks and batch 2 it must be a multi"
     ):
         Pieces(batch=2, effective=6, ranks=2)
+
+
+def test_the_autoencoder_trains_in_one_process_and_says_so(monkeypatch):
+    from training.train_autoencoder import Settings
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = str(ROOT / "training" / "configs" / "demo_autoencoder.toml")
+    with pytest.raises(ConfigError, match="trains in one process, and torchrun started 2; use python -m"):
+        load(Settings, [config], stage="train_autoencoder")
