@@ -46,6 +46,11 @@ class DmdSettings:
     segment: int = 21
     """Latent frames the teacher scores: its own horizon."""
 
+    clips: tuple[int, ...] = ()
+    """Latent frames of the clips a segment is cut into for the teacher, one of these in each iteration; empty
+    is the whole segment. A causal teacher judges only the first chunk of a clip without a past: in short
+    clips it tells more chunks' exposure."""
+
     streaming: bool = False
     """Go on with one rollout from update to update, instead of beginning another in each."""
 
