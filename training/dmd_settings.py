@@ -126,5 +126,10 @@ class DmdSettings:
             raise ConfigError(f"horizon is {self.horizon}, shorter than the segment, {self.segment}.")
         if not 0 <= self.overlap < self.segment:
             raise ConfigError(f"overlap is {self.overlap}; it must be below the segment, {self.segment}.")
+        if any(clip % self.rollout.chunk or self.segment % clip for clip in self.clips):
+            raise ConfigError(
+                f"clips is {list(self.clips)}; each must be whole chunks, and the segment, {self.segment}, whole "
+                "clips."
+            )
         if len(self.beta) != 2 or min(self.beta) <= 0:
             raise ConfigError(f"beta is {list(self.beta)}; it must be two numbers above 0, e.g. [1, 1].")
