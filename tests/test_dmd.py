@@ -309,7 +309,7 @@ def test_the_segment_is_a_function_of_seed_and_piece(runs, tmp_path):
         ("first_latent=drop", "use one of keep, mask, reencode"),
         ("horizon=20", "horizon is 20; it must be a multiple of the chunk"),
         ("horizon=3", "horizon is 3, shorter than the segment, 6"),
-        ("clips=[4]", "clips is \\[4\\]; each must be whole chunks, and the segment, 6, whole clips"),
+        ("clips=[4]", "clips is \\[4\\]; 4 must be a multiple of the chunk, 3, and go into the segment, 6"),
         ("overlap=6", "overlap is 6; it must be below the segment, 6"),
         ("beta=[1]", "beta is \\[1\\]; it must be two numbers above 0"),
     ],

@@ -119,6 +119,12 @@ class DmdSettings:
         for name, known in kinds.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(known)}.")
+        self._check_lengths()
+        if len(self.beta) != 2 or min(self.beta) <= 0:
+            raise ConfigError(f"beta is {list(self.beta)}; it must be two numbers above 0, e.g. [1, 1].")
+
+    def _check_lengths(self) -> None:
+        """Refuse lengths that do not fit into each other."""
         for name in ("horizon", "segment", "overlap"):
             if getattr(self, name) % self.rollout.chunk:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be a multiple of the chunk.")
@@ -126,10 +132,9 @@ class DmdSettings:
             raise ConfigError(f"horizon is {self.horizon}, shorter than the segment, {self.segment}.")
         if not 0 <= self.overlap < self.segment:
             raise ConfigError(f"overlap is {self.overlap}; it must be below the segment, {self.segment}.")
-        if any(clip % self.rollout.chunk or self.segment % clip for clip in self.clips):
-            raise ConfigError(
-                f"clips is {list(self.clips)}; each must be whole chunks, and the segment, {self.segment}, whole "
-                "clips."
-            )
-        if len(self.beta) != 2 or min(self.beta) <= 0:
-            raise ConfigError(f"beta is {list(self.beta)}; it must be two numbers above 0, e.g. [1, 1].")
+        for clip in self.clips:
+            if clip % self.rollout.chunk or self.segment % clip:
+                raise ConfigError(
+                    f"clips is {list(self.clips)}; {clip} must be a multiple of the chunk, {self.rollout.chunk}, "
+                    f"and go into the segment, {self.segment}, without a rest."
+                )

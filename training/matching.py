@@ -90,7 +90,12 @@ class Matching:
         self.device = next(student.parameters()).device
 
     def roll(
-        self, captions: Sequence[str], noise: ChunkNoise, segment: Segment, chunk: tuple[int, int, int], clip: int
+        self,
+        captions: Sequence[str],
+        noise: ChunkNoise,
+        segment: Segment,
+        chunk: tuple[int, int, int],
+        clip: int,
     ) -> Shown:
         """Return one segment of a new rollout, cut into clips.
 
