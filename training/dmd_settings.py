@@ -135,6 +135,6 @@ class DmdSettings:
         for clip in self.clips:
             if clip % self.rollout.chunk or self.segment % clip:
                 raise ConfigError(
-                    f"clips is {list(self.clips)}; {clip} must be a multiple of the chunk, {self.rollout.chunk}, "
-                    f"and go into the segment, {self.segment}, without a rest."
+                    f"clips is {list(self.clips)}; {clip} must be a multiple of the chunk, "
+                    f"{self.rollout.chunk}, and go into the segment, {self.segment}, without a rest."
                 )
