@@ -92,11 +92,13 @@ class Roller:
         measurings = [Measuring(text) for text in captions]
         measured: list[list[Second]] = [[] for _ in captions]
         columns, strips = picks(frames), []
-        for index, second in enumerate(whole_seconds(self._decoded(captions, seed, frames))):
+        decoded = self._decoded(captions, seed, frames)
+        for index, part in enumerate(whole_seconds(decoded)):
+            second = part.cpu()  # measuring is many small steps, each with a question
             for video, measuring, seconds in zip(second, measurings, measured, strict=True):
                 seconds.append(measuring.add(video))
             shown = [frame - index * FPS for frame in columns if frame // FPS == index]
-            strips.append((second[:, shown].clamp(0, 1) * 255).round().byte().cpu())
+            strips.append((second[:, shown].clamp(0, 1) * 255).round().byte())
         return Measured(list(captions), measured, torch.cat(strips, dim=1))
 
     def _decoded(self, captions: Sequence[str], seed: int, frames: int) -> Iterator[Tensor]:

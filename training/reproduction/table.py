@@ -15,6 +15,7 @@ from training.journal import read_pace
 from training.measuring import write_json
 from training.reproduction.layout import LONGER, ODE, PLAIN, PLUS, REINFORCED, Stage
 from training.reproduction.runner import wall_seconds
+from training.reproduction.settings import MATCHED
 from training.reproduction.stages import Stages, read_notes
 from training.reproduction.summary import DIGITS, EXPLAINED, NUMBERS, Student, difference, spread_of
 from training.state import FILE, newest
@@ -28,6 +29,13 @@ COMPARED = ("right", "exposure drift", "tint drift", "out of range")
 
 ABLATED = ("right", "exposure drift", "tint drift", "out of range", "motion", "sharpness")
 """Numbers of the table of ablations."""
+
+RUNS = (
+    "An update of distribution matching is one of the critic; those of the student are told beside it. "
+    "Minutes of training are the loop's own, by which equal time is measured; those of a stage's processes "
+    "also count starting, loading and the sample sheets, over all starts."
+)
+"""What is told of the table of stages."""
 
 Groups = dict[str, list[Student]]
 """Students by method, those of all seeds together."""
@@ -63,7 +71,7 @@ def write(stages: Stages, groups: Groups) -> None:
         "## What the columns say",
         "\n".join(f"- *{name}*: {text}." for name, text in EXPLAINED.items()),
     ]
-    parts += ["## What was run", _runs(stages)]
+    parts += ["## What was run", RUNS, _runs(stages)]
     (stages.out / "table.md").write_text("\n\n".join(parts) + "\n")
     write_json(stages.out / "results.json", _results(stages, groups), indent=1)
 
@@ -76,7 +84,7 @@ def _head(stages: Stages, groups: Groups) -> list[str]:
     clips = {len(student.seconds) for group in groups.values() for student in group}
     lines = [
         f"{place['date']}, commit {place['commit']}; {place['hardware']}, {settings.jobs} stages at once, "
-        f"{settings.threads} threads each.",
+        f"{settings.threads} thread{'s' if settings.threads > 1 else ''} each.",
         f"Distribution matching was trained with the seeds {seeds}; teacher, trajectories and ODE init are "
         f"shared by all. Every student made the same {', '.join(map(str, sorted(clips)))} videos, each of an "
         f"unseen caption and a noise of its own, computed in {settings.dtype}. 1x is the teacher's "
@@ -143,8 +151,11 @@ def _runs(stages: Stages) -> str:
         numbers = stage_numbers(stages, stage)
         if numbers:
             minutes = ["" if (m := numbers.get(n)) is None else f"{m:.1f}" for n in ("training", "in all")]
-            rows.append([stage.name, str(numbers.get("updates", "")), *minutes, numbers["how"]])
-    head = ["stage", "updates", "minutes of training", "minutes of its processes", "settings"]
+            counts = [str(numbers.get(name, "")) for name in ("updates", "of the student")]
+            rows.append([stage.name, *counts, *minutes, numbers["how"]])
+    head = [
+        "stage", "updates", "of the student", "minutes of training", "minutes of its processes", "settings",
+    ]  # fmt: skip
     return _markdown(head, rows)
 
 
@@ -155,9 +166,12 @@ def stage_numbers(stages: Stages, stage: Stage) -> dict[str, Any]:
         return {}
     numbers: dict[str, Any] = {}
     if newest(folder / FILE) and stage.kind not in ("pairs", "evaluate"):
-        numbers["updates"] = read_notes(folder / FILE)["done"]
-        pace = read_pace(folder)
-        numbers["training"] = None if pace is None else pace * numbers["updates"] / 60
+        notes, pace = read_notes(folder / FILE), read_pace(folder)
+        numbers["updates"] = notes["done"]
+        numbers["training"] = None if pace is None else pace * notes["done"] / 60
+        if stage.kind in MATCHED and "every" in notes["recipe"]:
+            warmup, every = int(notes["recipe"]["warmup"]), int(notes["recipe"]["every"])
+            numbers["of the student"] = max(0, -(-(notes["done"] - warmup) // every))
     if stages.is_given(stage):
         return {**numbers, "how": f"given: {stages.result(stage.name)}"}
     seconds = wall_seconds(folder)
