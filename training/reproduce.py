@@ -2,8 +2,9 @@
 
 Run ``python -m training.reproduce training/configs/reproduce_cpu.toml [key=value ...]``. Every stage is one
 of the ordinary commands, run as a process of its own with a folder of its own; what is complete is left as it
-is, and what was killed goes on. Writes ``table.md``, ``results.json``, plots and contact sheets, and renews
-them whenever a student has been measured. ``--dry-run`` tells what would be run.
+is, and what was killed goes on. Writes ``table.md``, ``results.json`` and contact sheets whenever a student
+has been measured, and plots at the end. ``--dry-run`` tells what would be run, ``--smoke`` runs all of it at
+toy size.
 """
 
 import logging
@@ -44,14 +45,14 @@ def _told(stages: Stages, stage: Stage, wanted: bool) -> list[str]:
     return [f"{stage.name}: to do{begun}", f"  python -m {stage.module} {shlex.join(words)}"]
 
 
-def report(stages: Stages) -> None:
-    """Write tables, plots and contact sheets of what has been measured."""
+def report(stages: Stages, *, draw: bool = False) -> None:
+    """Write the tables and the contact sheets of what has been measured, and draw the plots."""
     groups = table.read_students(stages)
     if not groups:
         return
     table.write(stages, groups)
     plots.gather_sheets(stages)
-    if stages.settings.plots:
+    if draw:
         plots.draw(stages.out, groups, stages.settings.horizons)
 
 
@@ -63,8 +64,10 @@ def main(settings: ReproduceSettings, *, launch: runner.Launch = runner.launch) 
     stages.out.mkdir(parents=True, exist_ok=True)
     wanted = stages.wanted()
     logger.info("%d of %d stages to run", len(wanted), len(stages.by_name))
-    runner.run(stages, wanted, lambda: report(stages), launch=launch)
-    report(stages)
+    try:
+        runner.run(stages, wanted, lambda: report(stages), launch=launch)
+    finally:
+        report(stages, draw=settings.plots)
     logger.info("%s", stages.out / "table.md")
 
 

@@ -5,9 +5,10 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
-from training.measuring import read_second
+from training.measuring import read_second, stamp
 from training.world_metrics import LIMITS, Second, clip_ok
 
 SECONDS = 5
@@ -60,21 +61,32 @@ class Student:
     at: Mapping[int, Mapping[str, Sequence[float]]]
     """By horizon, every number of ``NUMBERS`` for each clip; nan where a clip has none."""
 
-    @classmethod
-    def read(
-        cls, path: Path, horizons: Sequence[int], *, method: str, seed: int | None, ablates: str
-    ) -> "Student":
-        """Read what the stage ``evaluate`` wrote."""
-        table = json.loads(path.read_text())
-        videos = [[read_second(second) for second in video] for video in table["seconds"]["student"]]
-        at = {}
-        for horizon in horizons:
-            clips = [
-                clip_numbers(seconds[: horizon * SECONDS], text)
-                for seconds, text in zip(videos, table["prompts"], strict=True)
-            ]
-            at[horizon] = {name: [clip[name] for clip in clips] for name in NUMBERS}
-        return cls(method=method, seed=seed, ablates=ablates, seconds=videos, at=at)
+
+def read_student(
+    path: Path, horizons: Sequence[int], *, method: str, seed: int | None, ablates: str
+) -> Student:
+    """Read what the stage ``evaluate`` wrote."""
+    videos, at = _read(path, stamp(path), tuple(horizons))
+    return Student(method=method, seed=seed, ablates=ablates, seconds=videos, at=at)
+
+
+@lru_cache
+def _read(
+    path: Path,
+    stamp: tuple[int, int],  # noqa: ARG001 - a changed file is read again
+    horizons: tuple[int, ...],
+) -> tuple[list[list[Second]], dict[int, dict[str, list[float]]]]:
+    """Return the seconds of every video, and the numbers of every clip at each horizon."""
+    table = json.loads(path.read_text())
+    videos = [[read_second(second) for second in video] for video in table["seconds"]["student"]]
+    at = {}
+    for horizon in horizons:
+        clips = [
+            clip_numbers(seconds[: horizon * SECONDS], text)
+            for seconds, text in zip(videos, table["prompts"], strict=True)
+        ]
+        at[horizon] = {name: [clip[name] for clip in clips] for name in NUMBERS}
+    return videos, at
 
 
 def clip_numbers(seconds: Sequence[Second], text: str) -> dict[str, float]:

@@ -17,7 +17,15 @@ from training.reproduction.layout import LONGER, ODE, PLAIN, PLUS, REINFORCED, S
 from training.reproduction.runner import wall_seconds
 from training.reproduction.settings import MATCHED
 from training.reproduction.stages import Stages, read_notes
-from training.reproduction.summary import DIGITS, EXPLAINED, NUMBERS, Student, difference, spread_of
+from training.reproduction.summary import (
+    DIGITS,
+    EXPLAINED,
+    NUMBERS,
+    Student,
+    difference,
+    read_student,
+    spread_of,
+)
 from training.state import FILE, newest
 from training.world import FPS, FRAMES
 
@@ -46,7 +54,7 @@ def read_students(stages: Stages) -> Groups:
     groups: Groups = {}
     for stage in stages.measurings():
         if stages.is_complete(stage):
-            student = Student.read(
+            student = read_student(
                 stages.result(stage.name),
                 stages.settings.horizons,
                 method=stage.method,
