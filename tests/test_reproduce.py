@@ -219,6 +219,19 @@ def test_a_failure_stops_the_others_and_is_told(given, tmp_path):
     assert (tmp_path / "saved").exists()
 
 
+def test_a_folder_is_taken_as_long_as_a_stage_runs_in_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "lasting.py").write_text("import time\ntime.sleep(60)\n")
+    with runner.alone(tmp_path) as held:
+        process = runner.launch(["lasting"], tmp_path / "log", 1, held=held)
+    with pytest.raises(ConfigError, match="still runs in"), runner.alone(tmp_path):
+        pass
+    process.kill()
+    process.wait()
+    with runner.alone(tmp_path):
+        pass
+
+
 def test_stages_begin_when_what_they_need_is_done(given, tmp_path):
     stages, order = Stages(settings_of(given, tmp_path, "jobs=9")), []
 

@@ -11,6 +11,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from training.config import ConfigError, load
 from training.journal import read_pace
@@ -56,18 +57,19 @@ def report(stages: Stages, *, draw: bool = False) -> None:
         plots.draw(stages.out, groups, stages.settings.horizons)
 
 
-def main(settings: ReproduceSettings, *, launch: runner.Launch = runner.launch) -> None:
-    """Run what is missing, and report."""
+def main(settings: ReproduceSettings, *, launch: runner.Launch | None = None) -> None:
+    """Run what is missing, and report; ``launch`` starts a process, as ``runner.launch`` does."""
     if settings.plots:
         plots.check_plots()
     stages = Stages(settings)
-    stages.out.mkdir(parents=True, exist_ok=True)
-    wanted = stages.wanted()
-    logger.info("%d of %d stages to run", len(wanted), len(stages.by_name))
-    try:
-        runner.run(stages, wanted, lambda: report(stages), launch=launch)
-    finally:
-        report(stages, draw=settings.plots)
+    with runner.alone(stages.out) as held:
+        wanted = stages.wanted()
+        logger.info("%d of %d stages to run", len(wanted), len(stages.by_name))
+        try:
+            chosen = launch or partial(runner.launch, held=held)
+            runner.run(stages, wanted, lambda: report(stages), launch=chosen)
+        finally:
+            report(stages, draw=settings.plots)
     logger.info("%s", stages.out / "table.md")
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from training.config import ConfigError
 from training.measuring import write_json
 from training.reproduction.layout import Stage
 from training.reproduction.stages import Stages
@@ -54,8 +55,8 @@ Launch = Callable[[Sequence[str], Path, int], Process]
 """Starts a Python module: the words after ``python -m``, the file of what it says, its threads."""
 
 
-def launch(words: Sequence[str], log: Path, threads: int) -> Process:
-    """Start ``python -m`` with ``words``; what it says is appended to ``log``."""
+def launch(words: Sequence[str], log: Path, threads: int, *, held: Sequence[int] = ()) -> Process:
+    """Start ``python -m`` with ``words``; what it says is appended to ``log``, and it keeps ``held`` open."""
     path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
     # Threads that wait without spinning: several stages share the cores.
     environment = os.environ | {
@@ -71,7 +72,35 @@ def launch(words: Sequence[str], log: Path, threads: int) -> Process:
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
+            pass_fds=tuple(held),
         )
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[Sequence[int]]:
+    """Keep other reproductions out of ``folder``; yield what its stages keep open for the same end.
+
+    A stage may outlive the reproduction that started it, if that was killed: then the folder is still taken.
+    Where the system has no such locks (Windows), nothing is kept out.
+
+    Raises:
+        ConfigError: A reproduction, or a stage of one, runs in the folder.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield ()
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"a reproduction, or a stage that outlived one, still runs in {folder}; wait for it, stop it, "
+                "or choose another folder for out."
+            ) from error
+        yield (file.fileno(),)
 
 
 def run(
