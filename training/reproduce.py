@@ -42,7 +42,8 @@ def _told(stages: Stages, stage: Stage, wanted: bool) -> list[str]:
     try:
         words = stages.arguments(stage)
     except ConfigError:
-        words = [stages.settings.configs[stage.kind], f"(as long as {stage.needs[-2]} took)"]
+        length = f"(for as long as {stage.clock[0]} took)" if stage.clock else ""
+        return [f"{stage.name}: to do {length}"]
     return [f"{stage.name}: to do{begun}", f"  python -m {stage.module} {shlex.join(words)}"]
 
 

@@ -97,8 +97,8 @@ def alone(folder: Path) -> Iterator[Sequence[int]]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(
-                f"a reproduction, or a stage that outlived one, still runs in {folder}; wait for it, stop it, "
-                "or choose another folder for out."
+                f"a reproduction, or a stage that outlived one, still runs in {folder}; wait for it, stop "
+                "it, or choose another folder for out."
             ) from error
         yield (file.fileno(),)
 

@@ -196,10 +196,8 @@ class Stages:
             raise ConfigError(
                 f"[given] has unknown stage {unknown[0]!r}; known stages: {', '.join(sorted(known))}."
             )
-        if taken := sorted(
-            set(self.settings.students)
-            & {stage.name for stage in lay_out(replace(self.settings, students={}))}
-        ):
+        stages = {stage.name for stage in lay_out(replace(self.settings, students={}))}
+        if taken := sorted(set(self.settings.students) & stages):
             raise ConfigError(f"[students] has {taken[0]!r}, which is the name of a stage; choose another.")
         for name, path in self._given.items():
             there = Path(path).is_dir() if name == "pairs" else newest(Path(path)) is not None

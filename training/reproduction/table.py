@@ -93,8 +93,7 @@ def _head(stages: Stages, groups: Groups) -> list[str]:
     lines = [
         f"{place['date']}, commit {place['commit']}; {place['hardware']}, {settings.jobs} stages at once, "
         f"{settings.threads} thread{'s' if settings.threads > 1 else ''} each.",
-        f"Distribution matching was trained with the seeds {seeds}; teacher, trajectories and ODE init are "
-        f"shared by all. Every student made the same {', '.join(map(str, sorted(clips)))} videos, each of an "
+        f"Seeds of distribution matching: {seeds}; teacher, trajectories and ODE init are shared by all. Every student made the same {', '.join(map(str, sorted(clips)))} videos, each of an "
         f"unseen caption and a noise of its own, computed in {settings.dtype}. 1x is the teacher's "
         f"{FRAMES} frames ({FRAMES / FPS:.1f} s); the whole seconds of it are measured.",
         "*mean ± standard deviation between seeds (standard error over clips)*. The error is that of one "
@@ -142,7 +141,7 @@ def _ablations(stages: Stages, groups: Groups, methods: Sequence[str]) -> str:
                 rows.append([method if name == ABLATED[0] else "", name, *cells])
     told = ", ".join(map(str, sorted(seeds)))
     head = ["method", "number", *(f"{horizon}x" for horizon in stages.settings.horizons)]
-    return f"Each changes one thing of the method it is named after; seeds {told}.\n\n" + _markdown(
+    return f"Each changes one thing of the method it is named after. Seeds: {told}.\n\n" + _markdown(
         head, rows
     )
 
