@@ -93,8 +93,9 @@ def _head(stages: Stages, groups: Groups) -> list[str]:
     lines = [
         f"{place['date']}, commit {place['commit']}; {place['hardware']}, {settings.jobs} stages at once, "
         f"{settings.threads} thread{'s' if settings.threads > 1 else ''} each.",
-        f"Seeds of distribution matching: {seeds}; teacher, trajectories and ODE init are shared by all. Every student made the same {', '.join(map(str, sorted(clips)))} videos, each of an "
-        f"unseen caption and a noise of its own, computed in {settings.dtype}. 1x is the teacher's "
+        f"Seeds of distribution matching: {seeds}; teacher, trajectories and ODE init are shared by all. "
+        f"Every student made the same {', '.join(map(str, sorted(clips)))} videos, each of an unseen "
+        f"caption and a noise of its own, computed in {settings.dtype}. 1x is the teacher's "
         f"{FRAMES} frames ({FRAMES / FPS:.1f} s); the whole seconds of it are measured.",
         "*mean ± standard deviation between seeds (standard error over clips)*. The error is that of one "
         "seed's clips: binomial for shares. A row without ± has one seed.",
