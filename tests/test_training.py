@@ -17,6 +17,7 @@ from training.evaluate import EvaluateSettings
 from training.export import ExportSettings
 from training.loop import LoopSettings, OptimiserSettings, Trained, run
 from training.make_ode_pairs import PairSettings
+from training.reproduction.settings import ReproduceSettings
 from training.teacher import DemoModel, Guided, trajectory
 from training.train_autoencoder import Settings as AutoencoderSettings
 from training.train_causal import CausalSettings
@@ -37,6 +38,8 @@ KINDS = {
     "demo_export": ExportSettings,
     "demo_evaluate": EvaluateSettings,
     "demo_grpo": GrpoSettings,
+    "reproduce_cpu": ReproduceSettings,
+    "reproduce_gpu": ReproduceSettings,
 }
 
 
