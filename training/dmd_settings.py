@@ -1,7 +1,7 @@
 """Settings of distribution matching: Self-Forcing, Self-Forcing++ and the streaming mode."""
 
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import ClassVar, get_args
 
 from sfpp_core.config import RolloutSettings
 from training.config import ConfigError
@@ -13,6 +13,10 @@ from training.segments import BackwardNoise
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DmdSettings:
     """Settings of the distribution-matching stage."""
+
+    SMOKE: ClassVar = (
+        "batch=2", "warmup=1", "every=2", "segment=6", "horizon=9", "loop.sample_seconds=[1, 2]",
+    )  # fmt: skip
 
     loop: LoopSettings
     """Length and bookkeeping; an iteration is one rollout."""

@@ -13,6 +13,7 @@ import logging
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from training.world import caption, sample_scene
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairSettings:
     """Settings of the pair stage."""
+
+    SMOKE: ClassVar = ("pairs=4", "batch=2", "steps=4", "threads=1")
 
     teacher: str
     """``last.pt`` of the teacher's stage."""

@@ -35,6 +35,8 @@ from training.teacher import CLIP, DemoModel, load_demo_model
 from training.trained import Trained
 from training.world import caption, sample_scene
 
+logger = logging.getLogger(__name__)
+
 
 def draw_captions(settings: DmdSettings, piece: int) -> tuple[list[str], np.random.Generator]:
     """Return the captions of one piece and a generator for the rest, functions of seed and piece."""
@@ -89,26 +91,29 @@ class Rollouts:
 class StreamingStudent(Trained[DemoModel]):
     """The student in training, with the videos it is in the middle of.
 
-    Several ranks save no videos, which are each one's own: they begin new ones when they go on.
+    A video has a number in the whole effective batch, and whichever rank has that number goes on with it.
     """
 
     streams: Sequence[Stream] = ()
     """The videos of this rank."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to go on."""
-        state = super().state_dict()
-        if self.streams and parallel.ranks() == 1:
-            state["streams"] = [stream.state_dict() for stream in self.streams]
-        return state
+    def own_state(self) -> dict[str, Any]:
+        """Return this rank's videos by their numbers."""
+        return {name: stream.state_dict() for name, stream in self._numbered()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
-        saved = state.get("streams", [])
-        super().load_state_dict({name: value for name, value in state.items() if name != "streams"})
-        if len(saved) == len(self.streams):
-            for stream, inner in zip(self.streams, saved, strict=True):
-                stream.load_state_dict(inner)
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """Go on with this rank's share of all videos; those that were not saved begin anew."""
+        lost = [name for name, _ in self._numbered() if name not in state]
+        if lost:
+            logger.info("the save holds no video %s: new ones begin", ", ".join(lost))
+        for name, stream in self._numbered():
+            if name in state:
+                stream.load_state_dict(state[name])
+
+    def _numbered(self) -> Iterator[tuple[str, Stream]]:
+        """Yield this rank's videos with their numbers."""
+        for index, stream in enumerate(self.streams):
+            yield str(parallel.rank() + index * parallel.ranks()), stream
 
 
 def load_roles(settings: DmdSettings, autoencoder: TinyAutoencoder, device: torch.device) -> Matching:
