@@ -52,6 +52,11 @@ class DmdSettings:
     segment: int = 21
     """Latent frames the teacher scores: its own horizon."""
 
+    clips: tuple[int, ...] = ()
+    """Latent frames of the clips a segment is cut into for the teacher, one of these in each iteration; empty
+    is the whole segment. A causal teacher judges only the first chunk of a clip without a past: in short
+    clips it tells more chunks' exposure."""
+
     streaming: bool = False
     """Go on with one rollout from update to update, instead of beginning another in each."""
 
@@ -127,6 +132,13 @@ class DmdSettings:
         for name, known in kinds.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(known)}.")
+        self._check_lengths()
+        self._check_video()
+        if len(self.beta) != 2 or min(self.beta) <= 0:
+            raise ConfigError(f"beta is {list(self.beta)}; it must be two numbers above 0, e.g. [1, 1].")
+
+    def _check_lengths(self) -> None:
+        """Refuse lengths that do not fit into each other."""
         for name in ("horizon", "segment", "overlap"):
             if getattr(self, name) % self.rollout.chunk:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be a multiple of the chunk.")
@@ -134,9 +146,12 @@ class DmdSettings:
             raise ConfigError(f"horizon is {self.horizon}, shorter than the segment, {self.segment}.")
         if not 0 <= self.overlap < self.segment:
             raise ConfigError(f"overlap is {self.overlap}; it must be below the segment, {self.segment}.")
-        if len(self.beta) != 2 or min(self.beta) <= 0:
-            raise ConfigError(f"beta is {list(self.beta)}; it must be two numbers above 0, e.g. [1, 1].")
-        self._check_video()
+        for clip in self.clips:
+            if clip % self.rollout.chunk or self.segment % clip:
+                raise ConfigError(
+                    f"clips is {list(self.clips)}; {clip} must be a multiple of the chunk, "
+                    f"{self.rollout.chunk}, and go into the segment, {self.segment}, without a rest."
+                )
 
     def _check_video(self) -> None:
         """Refuse what Wan or the demo cannot do."""

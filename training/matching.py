@@ -16,7 +16,7 @@ from sfpp_core.kv_cache import CacheShape
 from sfpp_core.noise import ChunkNoise
 from sfpp_core.schedule import FewStepSchedule
 from sfpp_core.student import BoundStudent, CausalStudent
-from training.first_latent import FirstLatent, Pictures, as_clip
+from training.first_latent import FirstLatent, Pictures, as_clips
 from training.losses import dmd_loss, velocity_loss
 from training.models import Model, attention_of
 from training.scores import Role, Scores, estimate
@@ -89,9 +89,22 @@ class Matching:
         self.device = next(student.parameters()).device
 
     def roll(
-        self, captions: Sequence[str], noise: ChunkNoise, segment: Segment, chunk: tuple[int, int, int]
+        self,
+        captions: Sequence[str],
+        noise: ChunkNoise,
+        segment: Segment,
+        chunk: tuple[int, int, int],
+        clip: int,
     ) -> Shown:
-        """Return one segment of a new rollout; ``chunk`` is ``(T, H, W)`` of one chunk."""
+        """Return one segment of a new rollout, cut into clips.
+
+        Args:
+            captions: One per video.
+            noise: Of the rollout.
+            segment: What to make.
+            chunk: ``(T, H, W)`` of one chunk.
+            clip: Latent frames of each clip the roles judge.
+        """
         with torch.autocast(self.device.type, torch.bfloat16):
             rolled = roll_segment(
                 self.bound(captions),
@@ -103,10 +116,10 @@ class Matching:
                 dtype=torch.bfloat16,
                 backward_noise=self.options.backward_noise,
             )
-        return self._shown(rolled, captions)
+        return self._shown(rolled, captions, clip)
 
-    def stream(self, stream: Stream, exit_step: int, chunk: tuple[int, int, int]) -> Shown:
-        """Return the next segment of ``stream``; ``chunk`` is ``(T, H, W)`` of one chunk."""
+    def stream(self, stream: Stream, exit_step: int, chunk: tuple[int, int, int], clip: int) -> Shown:
+        """Return the next segment of ``stream``, cut into clips; see ``roll``."""
         captions = stream.captions
         with torch.autocast(self.device.type, torch.bfloat16):
             rolled = stream.roll(
@@ -116,7 +129,7 @@ class Matching:
                 like=self._like(captions, chunk),
                 backward_noise=self.options.backward_noise,
             )
-        return self._shown(rolled, captions)
+        return self._shown(rolled, captions, clip)
 
     def critic_loss(self, shown: Shown, generator: torch.Generator) -> Tensor:
         """Return the flow-matching error of the critic on the student's segment."""
@@ -155,8 +168,11 @@ class Matching:
         """Return a tensor like one chunk of latents."""
         return torch.empty(len(captions), self.student.config.channels, *chunk, device=self.device)
 
-    def _shown(self, rolled: Rolled, captions: Sequence[str]) -> Shown:
-        """Return ``rolled`` as teacher and critic shall see it."""
+    def _shown(self, rolled: Rolled, captions: Sequence[str], clip: int) -> Shown:
+        """Return ``rolled`` as teacher and critic shall see it, clip by clip."""
         options = self.options
-        clean, mask = as_clip(rolled, options.first_latent, self.autoencoder, masked=options.masked)
-        return Shown(clean=clean, mask=mask, captions=captions)
+        clean, mask = as_clips(
+            rolled, options.first_latent, self.autoencoder, masked=options.masked, length=clip
+        )
+        each = len(clean) // len(captions)
+        return Shown(clean=clean, mask=mask, captions=[text for text in captions for _ in range(each)])

@@ -80,15 +80,16 @@ class Rollouts:
         """Return the segment of one piece, with a gradient if gradients are on, and a generator."""
         captions, rng = draw_captions(self.settings, piece, texts_of(self.roles.student))
         segment = self._segment(rng)
+        clip = int(rng.choice(self.settings.clips or (self.settings.segment,)))
         seeds = rng.integers(2**62, size=2).tolist()
         if self.streams:
             stream = self.streams[piece % self.pieces.per_update // self.pieces.ranks]
             stream.turn(captions, seeds[0])
-            shown = self.roles.stream(stream, segment.exit_step, self.chunk)
+            shown = self.roles.stream(stream, segment.exit_step, self.chunk, clip)
             if len(self.streams) > 1 and self.roles.device.type == "cuda":
                 park(stream)
         else:
-            shown = self.roles.roll(captions, ChunkNoise(seeds[0]), segment, self.chunk)
+            shown = self.roles.roll(captions, ChunkNoise(seeds[0]), segment, self.chunk, clip)
         return shown, torch.Generator().manual_seed(seeds[1])
 
     def _segment(self, rng: np.random.Generator) -> Segment:
