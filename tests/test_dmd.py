@@ -257,8 +257,8 @@ def settings_of(runs, out, *overrides):
 
 @pytest.fixture
 def without_sheets(monkeypatch):
-    """Leave out the sample sheets, twenty seconds of video per run; test_stages draws them."""
-    monkeypatch.setattr(train_dmd, "roll_sheet", lambda *_, **__: None)
+    """Leave out the samples, a minute of video per run; test_stages makes them."""
+    monkeypatch.setattr(train_dmd, "roll_samples", lambda *_, **__: {})
 
 
 VARIANTS = {

@@ -95,7 +95,9 @@ def test_an_update_does_not_depend_on_what_is_computed_together(settings):
 
 def test_videos_of_a_group_share_their_caption_and_differ_by_their_actions(settings):
     for same_start in (True, False):
-        first, second = Batch.draw(settings(f"same_start={str(same_start).lower()}", "differ=all"), 5)
+        first, second = Batch.draw(
+            settings(f"same_start={str(same_start).lower()}", "differ=all", "coarse=1"), 5
+        )
         assert len(set(first.captions)) == 1
         assert len(set(first.noise.actions)) == 4
         assert len(set(first.noise.starts)) == (1 if same_start else 4)
@@ -175,7 +177,7 @@ def test_groups_that_ranks_cannot_share_are_refused(settings, monkeypatch):
         ("clip=0", "clip is 0.0; it must be above 0"),
         ("step_share=1.5", "step_share is 1.5; it must be above 0 and at most 1"),
         ("coarse=0", "coarse is 0; it must be above 0"),
-        (["coarse=2", "differ=all"], "coarse is 2, and differ 'all'; set differ=weighed"),
+        (["coarse=2", "differ=all"], "coarse is 2, and differ is 'all'; set differ=weighed"),
         ("differ=some", "differ is 'some'; use 'weighed' or 'all'"),
         ("loop.effective_batch=4", "loop.effective_batch is 4; here it is prompts x group, 8"),
     ],

@@ -75,7 +75,7 @@ def never(words, log, threads):
 
 
 def test_one_command_leads_to_tables_plots_and_sheets(given, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_dmd, "roll_sheet", lambda *_, **__: None)
+    monkeypatch.setattr(train_dmd, "roll_samples", lambda *_, **__: {})
     settings = settings_of(given, tmp_path, "captions=3")
     reproduce.main(settings, launch=inside)
     table = (tmp_path / "table.md").read_text()

@@ -16,7 +16,8 @@ class DmdSettings:
     """Settings of the distribution-matching stage."""
 
     SMOKE: ClassVar = (
-        "batch=2", "warmup=1", "every=2", "segment=6", "horizon=9", "loop.sample_seconds=[1, 2]",
+        "batch=2", "warmup=1", "every=2", "segment=6", "clips=[6, 3]", "horizon=9",
+        "loop.sample_seconds=[1, 2]",
     )  # fmt: skip
 
     loop: LoopSettings

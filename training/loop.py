@@ -300,7 +300,7 @@ _MAY_CHANGE = {
         "iterations", "threads", "device", "save_seconds", "sample_every", "sample_seconds", "out",
         "tensorboard", "wandb", "dry_run", "seconds_per_update",
     )
-}  # fmt: skip
+} | {"video.teraflops", "video.sample_prompts"}  # fmt: skip
 """Settings that may differ when a run is continued."""
 
 

@@ -32,9 +32,9 @@ from training.loop import Loss, OptimiserSettings, descend, run
 from training.matching import Matching, RollOptions, Shown
 from training.models import Model, WanModel, geometry_of, load_role, texts_of
 from training.parallel import Pieces
+from training.samples import roll_samples
 from training.scores import CausalScores, Levels, WholeScores
 from training.segments import BackwardNoise, Segment, draw_segment
-from training.sheets import roll_sheet
 from training.streaming import Stream, StreamLaw
 from training.texts import Texts
 from training.trained import Trained
@@ -254,7 +254,7 @@ def peak(device: torch.device) -> int:
     return peak_memory() or 0
 
 
-def sheet_of(
+def samples_of(
     model: Model,
     autoencoder: TinyAutoencoder | WanPictures | None,
     settings: DmdSettings,
@@ -262,14 +262,13 @@ def sheet_of(
     *,
     device: torch.device,
 ) -> Mapping[str, float] | None:
-    """Write the sample sheet of the demo, or of Wan; return what was measured on it."""
+    """Write the samples of the demo, or of Wan; return what was measured on them."""
+    seconds = settings.loop.sample_seconds
     if isinstance(model, WanModel):
         assert not isinstance(autoencoder, TinyAutoencoder)
-        seconds = settings.loop.sample_seconds
         return roll_wan_samples(model, autoencoder, settings.rollout, settings.video, path, seconds=seconds)
     assert isinstance(autoencoder, TinyAutoencoder)
-    roll_sheet(model, autoencoder, settings.rollout, path, device=device)
-    return None
+    return roll_samples(model, autoencoder, settings.rollout, path, device=device, seconds=seconds)
 
 
 def main(settings: DmdSettings) -> None:
@@ -312,7 +311,7 @@ def main(settings: DmdSettings) -> None:
         return {**seen, "peak_gigabytes": peak(device) / 1e9}
 
     def sample(path: Path) -> Mapping[str, float] | None:
-        return sheet_of(student.averaged, autoencoder, settings, path, device=device)
+        return samples_of(student.averaged, autoencoder, settings, path, device=device)
 
     plan = plan_of(settings, roles, pieces)
     parts = {"model": student, "critic": critic}

@@ -28,7 +28,7 @@ from training.forcing import forced_estimates
 from training.loop import LoopSettings, Loss, OptimiserSettings, Plan, Trained, descend, run
 from training.make_ode_pairs import Pairs
 from training.models import VideoSettings, WanModel, attention_of, geometry_of, load_role
-from training.sheets import roll_sheet
+from training.samples import roll_samples
 from training.wan_sheets import WanPictures, load_pictures, roll_wan_samples
 
 
@@ -36,7 +36,7 @@ from training.wan_sheets import WanPictures, load_pictures, roll_wan_samples
 class OdeSettings:
     """Settings of the causal initialisation."""
 
-    SMOKE: ClassVar = ("batch=2",)
+    SMOKE: ClassVar = ("batch=2", "loop.sample_seconds=[1, 2]")
 
     loop: LoopSettings
     """Length and bookkeeping."""
@@ -127,15 +127,14 @@ def main(settings: OdeSettings) -> None:
         return descend(trained, losses, iteration, count=pieces.per_rank)
 
     def sample(path: Path) -> Mapping[str, float] | None:
+        seconds = settings.loop.sample_seconds
         if isinstance(trained.averaged, WanModel):
             pictures = cast("WanPictures | None", autoencoder)
-            seconds = settings.loop.sample_seconds
             return roll_wan_samples(
                 trained.averaged, pictures, rollout, settings.video, path, seconds=seconds
             )
         assert isinstance(autoencoder, TinyAutoencoder)
-        roll_sheet(trained.averaged, autoencoder, rollout, path, device=device)
-        return None
+        return roll_samples(trained.averaged, autoencoder, rollout, path, device=device, seconds=seconds)
 
     plan = Plan(
         pieces=pieces,

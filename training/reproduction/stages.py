@@ -21,8 +21,8 @@ from training.state import FILE, newest
 
 SMOKE = {
     "pairs": ("pairs=4", "batch=2", "steps=4"),
-    "self_forcing": ("batch=2", "warmup=1", "every=1", "segment=6", "horizon=6"),
-    "self_forcing_plus": ("batch=2", "warmup=1", "every=1", "segment=6", "horizon=12"),
+    "self_forcing": ("batch=2", "warmup=1", "every=1", "segment=6", "clips=[6, 3]", "horizon=6"),
+    "self_forcing_plus": ("batch=2", "warmup=1", "every=1", "segment=6", "clips=[6, 3]", "horizon=12"),
     "grpo": ("prompts=1", "group=2", "latent_frames=6", "exam_videos=2"),
 }
 """What a smoke run makes small where the stages themselves do not."""
