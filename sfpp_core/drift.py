@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from .errors import GeometryError, NumericsError, SettingsError
 from .geometry import FPS, TEMPORAL_STRIDE
@@ -26,6 +26,9 @@ CHUNK_FRAMES = 3 * TEMPORAL_STRIDE
 
 REDUCED_SIDE = 160
 """Pixels of the shorter side at which changes and motion are measured."""
+
+GRID = 4
+"""Cells along each side of the grid in which flicker is looked for."""
 
 LEAST_SIDE = 8
 """Pixels along each side of the smallest picture that is measured."""
@@ -87,7 +90,8 @@ class Second:
     """Share of frames that are the frame before again."""
 
     flicker: float
-    """Largest departure of a frame from its neighbourhood, in mean red, green, blue or contrast."""
+    """Largest departure of a frame from those around it, in red, green or blue: the median over a grid of
+    cells, so that what passes through a part of the picture does not count."""
 
     flash: int
     """Frame, counted from 0, where it begins: the first of the second that departs half as far."""
@@ -137,7 +141,10 @@ class _Picture:
     """What is kept of one frame for a few seconds."""
 
     values: tuple[float, ...]
-    """luma, contrast, saturation, crushed, blown, sharpness, red, green, blue."""
+    """luma, contrast, saturation, crushed, blown, sharpness, red, blue."""
+
+    cells: Tensor
+    """Mean colours of a coarse grid, ``(3, GRID, GRID)``."""
 
     thumbnail: Tensor
 
@@ -221,7 +228,9 @@ class DriftMeter:
         weights = torch.tensor(_LUMA).view(3, 1, 1)
         if not self.motion_by:
             self.motion_by, self._step = step_measure(*small.shape[2:])
-        for row, picture, thumbnail in zip(values.tolist(), small, thumbnails(small), strict=True):
+        cells = adaptive_avg_pool2d(small, GRID)
+        rows = zip(values.tolist(), small, cells, thumbnails(small), strict=True)
+        for row, picture, cell, thumbnail in rows:
             grey = (picture * weights).sum(dim=0)
             motion = change = None
             if self._before is not None:
@@ -229,7 +238,7 @@ class DriftMeter:
                 motion = 0.0
                 if change > STILL_CHANGE:
                     motion = self._step((self._before * weights).sum(dim=0), grey)
-            self._kept.append(_Picture(tuple(row), thumbnail, motion, change))
+            self._kept.append(_Picture(tuple(row), cell, thumbnail, motion, change))
             self._before = picture
             self.frames += 1
 
@@ -250,7 +259,7 @@ class DriftMeter:
         """Return the row of the frames ``start`` to ``stop - 1``."""
         kept = list(self._kept)
         inside = kept[start - self._first : stop - self._first]
-        luma, contrast, saturation, crushed, blown, sharpness, red, _, blue = (
+        luma, contrast, saturation, crushed, blown, sharpness, red, blue = (
             statistics.fmean(column) for column in zip(*(picture.values for picture in inside), strict=True)
         )
         motions = [picture.motion for picture in inside if picture.motion is not None]
@@ -286,13 +295,13 @@ class DriftMeter:
         """
         low = max(self._first, start - self._half)
         high = min(self._first + len(kept), stop + self._half)
-        shown = [kept[frame - self._first].values for frame in range(low, high)]
-        tones = torch.tensor([(*values[6:9], values[1]) for values in shown])
+        tones = torch.stack([kept[frame - self._first].cells for frame in range(low, high)])
         departures = []
         for frame in range(start, stop):
             reach = min(self._half, frame - low, high - 1 - frame)  # even on both sides: a slope stays out
             around = tones[frame - low - reach : frame - low + reach + 1]
-            departures.append(float((tones[frame - low] - around.median(dim=0).values).abs().max()))
+            away = (tones[frame - low] - around.median(dim=0).values).flatten(1)
+            departures.append(float(away.median(dim=1).values.abs().max()))
         worst = max(departures)
         return worst, start + next(i for i, departure in enumerate(departures) if departure >= worst / 2)
 
@@ -311,7 +320,7 @@ class DriftMeter:
 
 
 def _values(frames: Tensor) -> Tensor:
-    """Return the numbers ``_Picture.values`` of frames ``(F, 3, H, W)``, ``(F, 9)``."""
+    """Return the numbers ``_Picture.values`` of frames ``(F, 3, H, W)``, ``(F, 8)``."""
     luma = torch.einsum("fchw,c->fhw", frames, torch.tensor(_LUMA, device=frames.device))
     contrast = luma.std(dim=(1, 2), correction=0)
     high, low = frames.amax(dim=1), frames.amin(dim=1)
@@ -323,7 +332,7 @@ def _values(frames: Tensor) -> Tensor:
     crushed, blown = (luma <= BLACK).float().mean(dim=(1, 2)), (luma >= WHITE).float().mean(dim=(1, 2))
     means = frames.mean(dim=(2, 3))
     columns = [luma.mean(dim=(1, 2)), contrast, saturation, crushed, blown, sharpness]
-    return torch.cat((torch.stack(columns, dim=1), means), dim=1)
+    return torch.stack((*columns, means[:, 0], means[:, 2]), dim=1)
 
 
 def _reduced(frames: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import argparse
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from tqdm import tqdm
@@ -49,8 +50,7 @@ def run(arguments: argparse.Namespace, caught: list[int]) -> int:
     footage = open_footage(arguments.video, picture_fps=arguments.fps)
     meter, seconds, complete = DriftMeter(fps=footage.fps, borders=borders), [], True
     try:
-        pause = 0.2 if sys.stderr.isatty() else 10.0
-        with tqdm(unit=" frames", desc="measuring", disable=arguments.quiet, mininterval=pause) as bar:
+        with _bar(footage.announced, quiet=arguments.quiet) as bar:
             for frames in footage.pieces():
                 seconds += meter.add(frames)
                 bar.update(len(frames))
@@ -62,6 +62,12 @@ def run(arguments: argparse.Namespace, caught: list[int]) -> int:
         raise
     _tell(meter, seconds, files, quiet=arguments.quiet)
     return 0 if complete else 128 + (caught[0] if caught else signal.SIGINT)
+
+
+def _bar(frames: int, *, quiet: bool) -> "tqdm[NoReturn]":
+    """Return the progress bar, counting frames; of 0 nothing is known."""
+    pause = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(total=frames or None, unit=" frames", desc="measuring", disable=quiet, mininterval=pause)
 
 
 def _tell(meter: DriftMeter, seconds: list[Second], files: ReportFiles, *, quiet: bool) -> DriftReport:

@@ -112,6 +112,18 @@ def reference_seconds(count: int) -> int:
     return min(5, max(1, count // 4))
 
 
+def steadiness(values: Sequence[float], least: float) -> tuple[float, float]:
+    """Return what the first seconds of a series are, and how far it may depart from that.
+
+    Args:
+        values: One per second.
+        least: Departure that counts, if the series is smooth.
+    """
+    bends = [abs(c - 2 * b + a) for a, b, c in zip(values, values[1:], values[2:], strict=False)]
+    usual = statistics.median(bends) if bends else 0.0
+    return statistics.median(values[: reference_seconds(len(values))]), max(least, _BEND * usual)
+
+
 def _departure(values: Sequence[float], least: float, sign: int = 0) -> _Departure:
     """Return the largest departure of a series.
 
@@ -120,14 +132,12 @@ def _departure(values: Sequence[float], least: float, sign: int = 0) -> _Departu
         least: Departure that counts, if the series is smooth.
         sign: 1 or -1 looks in one direction only.
     """
-    start = statistics.median(values[: reference_seconds(len(values))])
+    start, scale = steadiness(values, least)
     smooth = [statistics.median(values[max(0, s - 1) : s + 2]) for s in range(len(values))]
     away = [value - start for value in smooth]
     strength = [max(0.0, sign * value) if sign else abs(value) for value in away]
     last = max(range(len(away)), key=lambda second: strength[second])
     near = [second for second in range(last) if strength[second] <= 0.2 * strength[last]]
-    bends = [abs(c - 2 * b + a) for a, b, c in zip(values, values[1:], values[2:], strict=False)]
-    scale = max(least, _BEND * statistics.median(bends))
     return _Departure(
         score=strength[last] / scale, value=away[last], first=near[-1] if near else 0, last=last
     )

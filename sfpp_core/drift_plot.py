@@ -1,5 +1,6 @@
 """The drift report as a picture: one panel per measure, faults shaded where they were found."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import drift_faults as limits
-from .drift_faults import Fault, reference_seconds
+from .drift_faults import Fault, steadiness
 from .errors import OutputError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ _LEAST_SPAN = {
     "tint (Cb, Cr)": 0.08,
     "clipped share": 0.12,
 }
+_FROM_ZERO = ("clipped share", "motion (shorter sides per second)", "flicker", "repetition")
 _FACTORS = {"contrast": limits.RATIO, "sharpness": limits.RATIO}
 _COLOURS = ("#0072b2", "#d55e00")  # told apart by everybody
 _FAULT_COLOUR = "#cc3311"
@@ -132,14 +134,18 @@ def _draw(axes: "Axes", report: "DriftReport", title: str, columns: tuple[str, .
     if len(columns) > 1:
         axes.legend(loc="upper left", fontsize=8, frameon=False)
     _widen(axes, _LEAST_SPAN.get(title, 0.0))
+    if title in _FROM_ZERO:
+        axes.set_ylim(bottom=0, top=1 if title == "repetition" else None)
+    axes.locator_params(axis="x", integer=True)
 
 
 def _band(title: str, values: list[float]) -> tuple[float, float]:
-    """Return between what a smooth series is steady."""
-    start = float(np.median(values[: reference_seconds(len(values))]))
+    """Return between what a series is steady."""
     if title in _BANDS:
-        return start - _BANDS[title], start + _BANDS[title]
-    return start / _FACTORS[title], start * _FACTORS[title]
+        start, scale = steadiness(values, _BANDS[title])
+        return start - scale, start + scale
+    start, scale = steadiness([math.log(max(value, 1e-3)) for value in values], math.log(_FACTORS[title]))
+    return math.exp(start - scale), math.exp(start + scale)
 
 
 def _widen(axes: "Axes", span: float) -> None:

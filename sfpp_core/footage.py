@@ -40,6 +40,9 @@ class Footage:
     fps: float
     """Frames per second; of pictures, what was asked for."""
 
+    announced: int = 0
+    """Frames there should be, roughly; 0 where the file does not say, as one that still grows."""
+
     pictures: tuple[Path, ...] = ()
     """Files of a sequence, in order."""
 
@@ -116,7 +119,11 @@ def open_footage(path: OutputPath, *, picture_fps: float = FPS) -> Footage:
         why = last_words(done.stderr.splitlines())
         raise PictureError(f"{place} holds no frame that plays ({why}); is it a video?")
     fps = float(rate[1].replace("k", "e3")) if rate else float(FPS)
-    return Footage(path=place, width=int(size[1]), height=int(size[2]), fps=fps)
+    length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", source)
+    seconds = int(length[1]) * 3600 + int(length[2]) * 60 + float(length[3]) if length else 0
+    return Footage(
+        path=place, width=int(size[1]), height=int(size[2]), fps=fps, announced=round(seconds * fps)
+    )
 
 
 def _sequence(path: OutputPath, fps: float) -> Footage:
@@ -137,7 +144,9 @@ def _sequence(path: OutputPath, fps: float) -> Footage:
         )
     height, width, _ = _read(numbered[0][1]).shape
     pictures = tuple(entry for _, entry in numbered)
-    return Footage(path=folder, width=width, height=height, fps=fps, pictures=pictures)
+    return Footage(
+        path=folder, width=width, height=height, fps=fps, announced=len(pictures), pictures=pictures
+    )
 
 
 def _read(path: Path) -> np.ndarray:
