@@ -53,6 +53,16 @@ class SFPPDriftReport(io.ComfyNode):
                     step=1.0,
                     tooltip="Frames per second of images, which have none. A video brings its own.",
                 ),
+                io.Int.Input(
+                    "first_chunk_frames",
+                    default=0,
+                    min=0,
+                    max=1024,
+                    optional=True,
+                    extra_dict={"advanced": True},
+                    tooltip="Frames of the first chunk. 0: three fewer than the others, as of a video from "
+                    "text; 13 for one that starts from an image.",
+                ),
                 io.Video.Input(
                     "video",
                     optional=True,
@@ -76,18 +86,20 @@ class SFPPDriftReport(io.ComfyNode):
         images_fps: float,
         video: Any = None,
         images: Tensor | None = None,
+        first_chunk_frames: int = 0,
     ) -> io.NodeOutput:
         """Measure, save, and return the findings and the plot."""
         if (video is None) == (images is None):
             seen = "nothing is" if video is None else "both are"
             raise SettingsError(f"{seen} connected to video and images; connect one of them.")
+        borders = Borders(period=chunk_frames, first=first_chunk_frames or None)
         table, subfolder = _host.output_file(filename_prefix, 0, 0, ".csv")
         why = missing()
         plot = None if why else table.with_suffix(".png")
         files = ReportFiles(csv=table, json=table.with_suffix(".json"), plot=plot)
         files.check()
         with _frames(video, images, images_fps) as (pieces, total, fps):
-            report = _measured(pieces, total, DriftMeter(fps=fps, borders=Borders(period=chunk_frames)))
+            report = _measured(pieces, total, DriftMeter(fps=fps, borders=borders))
         files.write(report)
         text = "\n".join(report.lines())
         _host.say(text)

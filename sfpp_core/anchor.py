@@ -10,6 +10,7 @@ Legend: B batch, C channels, T latent frames, H and W latent height and width.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ class Anchor:
         self._weight = 0
         self._mean: Tensor | None = None
         self._square: Tensor | None = None
-        for clean, _ in zip(past, range(chunks), strict=False):
+        for clean in islice(past, chunks):
             self._learn(clean)
 
     def __call__(self, clean: Tensor) -> Tensor:

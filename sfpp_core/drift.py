@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, interpolate
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, interpolate
 
 from .errors import GeometryError, NumericsError, SettingsError
 from .geometry import FPS, TEMPORAL_STRIDE
 from .motion import step_measure
-from .repetition import Repetition, thumbnails
+from .repetition import THUMBNAIL, Repetition, thumbnails
 
 CHUNK_FRAMES = 3 * TEMPORAL_STRIDE
 """Frames of a chunk of three latent frames."""
@@ -185,7 +185,7 @@ class DriftMeter:
         self._first = 0
         self._done = 0
         self._repetition = Repetition(fps)
-        self._before: Tensor | None = None
+        self._before: tuple[Tensor, Tensor] | None = None  # reduced picture (3, H, W) and its luma
         self._size: tuple[int, ...] = ()
 
     @property
@@ -225,21 +225,21 @@ class DriftMeter:
         values, small = _values(frames).cpu(), reduced.cpu()
         if not values.isfinite().all():
             raise NumericsError(f"frame {self.frames} or one soon after holds numbers that are not finite.")
-        weights = torch.tensor(_LUMA).view(3, 1, 1)
+        greys = _luma(small)
         if not self.motion_by:
             self.motion_by, self._step = step_measure(*small.shape[2:])
-        cells = adaptive_avg_pool2d(small, GRID)
-        rows = zip(values.tolist(), small, cells, thumbnails(small), strict=True)
-        for row, picture, cell, thumbnail in rows:
-            grey = (picture * weights).sum(dim=0)
+            self._side = min(small.shape[2:])
+        fine = adaptive_avg_pool2d(small, THUMBNAIL)
+        cells, thumbs = avg_pool2d(fine, THUMBNAIL // GRID), thumbnails(fine)
+        rows = zip(values.tolist(), small, greys, cells, thumbs, strict=True)
+        for row, picture, grey, cell, thumbnail in rows:
             motion = change = None
             if self._before is not None:
-                change = float((picture - self._before).abs().mean())
-                motion = 0.0
-                if change > STILL_CHANGE:
-                    motion = self._step((self._before * weights).sum(dim=0), grey)
+                earlier, earlier_grey = self._before
+                change = float((picture - earlier).abs().mean())
+                motion = self._step(earlier_grey, grey) if change > STILL_CHANGE else 0.0
             self._kept.append(_Picture(tuple(row), cell, thumbnail, motion, change))
-            self._before = picture
+            self._before = picture, grey
             self.frames += 1
 
     def _ready(self, until: int) -> Iterable[Second]:
@@ -266,7 +266,6 @@ class DriftMeter:
         changes = [picture.change for picture in inside if picture.change is not None]
         repetition, lag = self._repetition.add(torch.stack([picture.thumbnail for picture in inside]))
         flicker, flash = self._flicker(kept, start, stop)
-        side = min(self._before.shape[1:]) if self._before is not None else 1
         return Second(
             second=self._done,
             frames=stop - start,
@@ -278,7 +277,7 @@ class DriftMeter:
             crushed=crushed,
             blown=blown,
             sharpness=sharpness,
-            motion=statistics.fmean(motions) * self.fps / side if motions else None,
+            motion=statistics.fmean(motions) * self.fps / self._side if motions else None,
             change=statistics.fmean(changes) if changes else None,
             still=sum(change <= STILL_CHANGE for change in changes) / len(changes) if changes else None,
             flicker=flicker,
@@ -321,7 +320,7 @@ class DriftMeter:
 
 def _values(frames: Tensor) -> Tensor:
     """Return the numbers ``_Picture.values`` of frames ``(F, 3, H, W)``, ``(F, 8)``."""
-    luma = torch.einsum("fchw,c->fhw", frames, torch.tensor(_LUMA, device=frames.device))
+    luma = _luma(frames)
     contrast = luma.std(dim=(1, 2), correction=0)
     high, low = frames.amax(dim=1), frames.amin(dim=1)
     brightest = high.mean(dim=(1, 2))
@@ -333,6 +332,12 @@ def _values(frames: Tensor) -> Tensor:
     means = frames.mean(dim=(2, 3))
     columns = [luma.mean(dim=(1, 2)), contrast, saturation, crushed, blown, sharpness]
     return torch.stack((*columns, means[:, 0], means[:, 2]), dim=1)
+
+
+def _luma(frames: Tensor) -> Tensor:
+    """Return the luma ``(F, H, W)`` of frames ``(F, 3, H, W)``."""
+    red, green, blue = frames.unbind(1)
+    return _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
 
 
 def _reduced(frames: Tensor) -> Tensor:

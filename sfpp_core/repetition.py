@@ -10,7 +10,6 @@ Legend: F frames of a second, D numbers of a thumbnail.
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
 
 THUMBNAIL = 8
 """Cells along each side of a thumbnail."""
@@ -31,10 +30,13 @@ _AS_GOOD = 0.95
 """Share of the best nearness at which a shorter lag is preferred: what is back after 3 s is after 6 s too."""
 
 
-def thumbnails(pictures: Tensor) -> Tensor:
-    """Return pictures ``(F, 3, H, W)`` in [0, 1] as thumbnails ``(F, D)``, free of their mean brightness."""
-    small = adaptive_avg_pool2d(pictures, THUMBNAIL)
-    return (small - small.mean(dim=(1, 2, 3), keepdim=True)).flatten(1)
+def thumbnails(cells: Tensor) -> Tensor:
+    """Return pictures as thumbnails ``(F, D)``, free of their mean brightness.
+
+    Args:
+        cells: Mean colours in [0, 1] of a grid, ``(F, 3, THUMBNAIL, THUMBNAIL)``.
+    """
+    return (cells - cells.mean(dim=(1, 2, 3), keepdim=True)).flatten(1)
 
 
 class Repetition:
