@@ -4,7 +4,8 @@ import csv
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from io import StringIO
 from pathlib import Path
@@ -198,6 +199,8 @@ class DriftWatch:
             record(pieces, recording, report=report, observe=watch.add)
         finally:
             finished = watch.finish()   # also of what a cancelled run has made
+
+    ``watched`` does the same in one line.
     """
 
     def __init__(self, files: ReportFiles, *, fps: float, borders: Borders | None = None) -> None:
@@ -228,7 +231,10 @@ class DriftWatch:
             logger.warning("the drift report ends at frame %d: %s", self._meter.frames, error)
 
     def finish(self) -> DriftReport | None:
-        """Write the report and return it; ``None`` where nothing was made or it could not be written."""
+        """Write the report, tell its findings in warnings, and return it.
+
+        ``None`` where nothing was made or it could not be written.
+        """
         if not self._meter.frames:
             return None
         try:
@@ -238,7 +244,33 @@ class DriftWatch:
         except (SFPPError, OSError, ValueError) as error:
             logger.warning("the drift report could not be written: %s", error)
             return None
+        for fault in report.findings:
+            logger.warning("drift, %s (%.1f): %s.", fault.name, fault.score, fault.text)
         return report
+
+
+@contextmanager
+def watched(
+    place: Path | None, *, fps: float, borders: Borders | None = None
+) -> Iterator[Callable[[Tensor], None] | None]:
+    """Yield what shall see the frames of a video that is made meanwhile; report on them at the end.
+
+    Args:
+        place: As for ``ReportFiles.at``; ``None`` wants no report, and ``None`` is yielded.
+        fps: Frames per second.
+        borders: As for ``DriftMeter``.
+
+    Raises:
+        OutputError: The report cannot be written there.
+    """
+    if place is None:
+        yield None
+        return
+    watch = DriftWatch(ReportFiles.at(place), fps=fps, borders=borders)
+    try:
+        yield watch.add
+    finally:
+        watch.finish()
 
 
 def _rounded(second: Second) -> dict[str, float | int | None]:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from sfpp_core import cli, drift_plot
 from sfpp_core.drift import DriftMeter, Second
-from sfpp_core.drift_report import NAMES, DriftWatch, ReportFiles, report_of
+from sfpp_core.drift_report import NAMES, DriftWatch, ReportFiles, report_of, watched
 from sfpp_core.errors import OutputError, PictureError
 from sfpp_core.footage import open_footage
 from sfpp_core.recording import Recording, record
@@ -232,6 +232,16 @@ def test_a_video_is_measured_while_it_is_recorded(tmp_path, dark):
     outcome = record(iter(dark.split(12)), recording(tmp_path), report=lambda _: None, observe=watch.add)
     assert (outcome.frames, watch.finish()) == (100, reported(dark))
     assert json.loads((tmp_path / "drift.json").read_text())["findings"]
+
+
+def test_watching_is_one_line_and_tells_what_it_found(tmp_path, dark, caplog):
+    with watched(tmp_path / "drift.csv", fps=16) as observe:
+        for frames in dark.split(12):
+            observe(frames)
+    assert (tmp_path / "drift.csv").read_text() == reported(dark).as_csv()
+    assert f"drift, darkening ({reported(dark).faults[0].score:.1f}): luma falls by" in caplog.text
+    with watched(None, fps=16) as observe:
+        assert observe is None
 
 
 def test_a_run_that_is_stopped_gets_the_report_of_what_it_made(tmp_path, dark):
