@@ -231,7 +231,8 @@ def _seams(seconds: Sequence[Second], borders: Borders) -> Fault | None:
         for start in range(len(ratios) - span + 1)
     ]
     place = max(range(len(medians)), key=lambda start: medians[start])
-    first, last = ratios[place][0], ratios[place + span - 1][0]
+    hits = [start for start, ratio in enumerate(medians) if ratio >= SEAM] or [place]
+    first, last = ratios[hits[0]][0], ratios[hits[-1] + span - 1][0]
     text = (
         f"the picture changes {medians[place]:.1f} times as much where chunks meet, every {borders.period} "
         f"frames, as inside them, from second {first} to {last}"
