@@ -15,7 +15,7 @@ def reporting(prefix, **inputs):
     settings = {"filename_prefix": prefix, "chunk_frames": 12, "images_fps": 16.0}
     return {
         "report": ("SFPPDriftReport", settings | inputs),
-        "text": ("PreviewAny", {"source": ["report", 0]}),
+        "said": ("PreviewAny", {"source": ["report", 0]}),
     }
 
 
@@ -34,7 +34,7 @@ def test_a_video_just_made_is_measured(host, name, inputs):
     report, files = written(host, f"drift_{name}")
     assert (report["frames"], report["fps"], len(report["seconds"])) == (96, 16, 6)
     assert files >= {".csv", ".json"}
-    assert "6.0 s, 96 frames at 16 per second" in str(outputs["text"])
+    assert "6.0 s, 96 frames at 16 per second" in str(outputs["said"])
     if ".png" in files:
         assert [path.suffix for path in host.files(outputs, "report")] == [".png"]
 
