@@ -306,7 +306,8 @@ def player(path: Path, subfolder: str) -> Any:
 @contextmanager
 def video_on_disk(value: Any) -> Iterator[Path]:
     """Yield a file that holds the host's VIDEO: its own where it has one, else a copy for the while."""
-    source = value.get_stream_source()
+    # Others make one on request, which 0.8 cannot.
+    source = value.get_stream_source() if isinstance(value, InputImpl.VideoFromFile) else None
     trimmed = getattr(value, "get_active_trim_window", lambda: (0.0, 0.0))()  # younger than 0.8
     if isinstance(source, str) and not any(trimmed):
         yield Path(source)
@@ -315,7 +316,7 @@ def video_on_disk(value: Any) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder) as temporary:
         copy = Path(temporary) / "video.mp4"
-        if any(trimmed):
+        if source is None or any(trimmed):
             value.save_to(str(copy))
         else:
             copy.write_bytes(source.getvalue())
