@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import get_args
 
+from . import drift_command
 from .attention import NAMES
 from .cache_shape import StorageKind
 from .config import SinkPositions
@@ -42,7 +43,7 @@ def parser(commands: Mapping[str, Command], *, version: str) -> argparse.Argumen
     """Return the parser of the whole command line.
 
     Args:
-        commands: What runs ``generate``, ``decode`` and ``info``.
+        commands: What runs ``generate``, ``decode``, ``report`` and ``info``.
         version: Of the package.
     """
     kind = argparse.RawDescriptionHelpFormatter
@@ -62,10 +63,12 @@ def parser(commands: Mapping[str, Command], *, version: str) -> argparse.Argumen
     summary = "make a video again from the latents a run has kept, e.g. with a better decoder"
     decode = added.add_parser("decode", help=summary, description=summary)
     _add_decode_options(decode)
+    report = added.add_parser("report", help=drift_command.SUMMARY, description=drift_command.SUMMARY)
+    drift_command.add_options(report)
     summary = "explain a weights file: what it holds, its sizes, the memory it needs"
     info = added.add_parser("info", help=summary, description=summary)
     info.add_argument("file", type=Path, metavar="FILE", help="weights: a file, an index of shards, a folder")
-    for name, command in {"generate": generate, "decode": decode, "info": info}.items():
+    for name, command in {"generate": generate, "decode": decode, "report": report, "info": info}.items():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.set_defaults(command=commands[name])
     return whole

@@ -64,7 +64,13 @@ class Recording:
     """Chunks of the whole video."""
 
 
-def record(pieces: Iterator[Tensor], recording: Recording, *, report: Callable[[Progress], None]) -> Outcome:
+def record(
+    pieces: Iterator[Tensor],
+    recording: Recording,
+    *,
+    report: Callable[[Progress], None],
+    observe: Callable[[Tensor], None] | None = None,
+) -> Outcome:
     """Write the frames ``(F, 3, H, W)`` of chunk after chunk. Another process encodes them meanwhile.
 
     ``KeyboardInterrupt`` ends the video early: what is made is kept, and the outcome says how much.
@@ -73,6 +79,7 @@ def record(pieces: Iterator[Tensor], recording: Recording, *, report: Callable[[
         pieces: Frames in [0, 1], made as they are asked for.
         recording: Where they go.
         report: Called after every chunk.
+        observe: Sees the frames of every chunk once the writer has them, e.g. ``DriftWatch.add``.
 
     Raises:
         OutputError: The disk is full or the encoder died. As after any error, the file plays up to there, and
@@ -91,6 +98,8 @@ def record(pieces: Iterator[Tensor], recording: Recording, *, report: Callable[[
             for chunk, frames in enumerate(pieces):
                 writer.write(frames)
                 done += len(frames)
+                if observe is not None:
+                    observe(frames)
                 report(Progress(chunks=chunk + 1, total_chunks=recording.chunks, frames=done))
         complete = True
     except KeyboardInterrupt:

@@ -26,6 +26,10 @@ SURFACE = {
         ["samples", "filename_prefix", "enlarge", "image_seconds", "vae", "decoder", "tile"],
         ["VIDEO", "IMAGE"],
     ),
+    "SFPPDriftReport": (
+        ["filename_prefix", "chunk_frames", "images_fps", "first_chunk_frames", "video", "images"],
+        ["STRING", "IMAGE"],
+    ),
 }
 """Saved workflows refer to nodes by these names; they never change."""
 
