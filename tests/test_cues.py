@@ -162,9 +162,7 @@ def test_a_cut_is_a_new_rollout_at_that_place(sink, place):
     run = sampler(sink=sink)
     whole = made(run, [cue(0, A), cue(place, B, "cut")])
     with torch.inference_mode():
-        cache = RollingKVCache(
-            CacheShape.of(tiny.CONFIG, run.geometry, run.settings), batch=1, like=LIKE
-        )
+        cache = RollingKVCache(CacheShape.of(tiny.CONFIG, run.geometry, run.settings), batch=1, like=LIKE)
         student, schedule = tiny.student().bind(B), run.settings.schedule()
         again = rollout(student, ChunkNoise(0, place), schedule, cache, chunks=CHUNKS - place, like=LIKE)
         assert equal(list(again), whole[place:])
@@ -239,9 +237,7 @@ def test_a_blend_keeps_the_memory():
     heard = [bound[0]] * 3 + [bound[1]] + [bound[2]] * (CHUNKS - 4)
     run = sampler()
     with torch.inference_mode():
-        cache = RollingKVCache(
-            CacheShape.of(tiny.CONFIG, run.geometry, run.settings), batch=1, like=LIKE
-        )
+        cache = RollingKVCache(CacheShape.of(tiny.CONFIG, run.geometry, run.settings), batch=1, like=LIKE)
         for chunk, student in enumerate(heard):
             options = {"chunks": chunk + 1, "start": chunk, "like": LIKE, "keep_last": True}
             (clean,) = rollout(student, ChunkNoise(0), run.settings.schedule(), cache, **options)
@@ -324,9 +320,13 @@ def test_a_change_is_written_as_it_is_read(text, said):
     assert Change.parse(said) == Change.parse(text)
 
 
-@pytest.mark.parametrize("text", ["", "fade", "soft:3", "blend:", "blend:x", "cut+", "soft+sink", "blend:1.5"])
+@pytest.mark.parametrize(
+    "text", ["", "fade", "soft:3", "blend:", "blend:x", "cut+", "soft+sink", "blend:1.5"]
+)
 def test_what_names_no_change_is_refused(text):
-    with pytest.raises(SettingsError, match=r"names no way to change the prompt; use soft, cut, cut\+sink or"):
+    with pytest.raises(
+        SettingsError, match=r"names no way to change the prompt; use soft, cut, cut\+sink or"
+    ):
         Change.parse(text)
 
 
