@@ -274,7 +274,7 @@ def five_b(*, start=None, lead=0, frames=60):
     video = generation.Generation(
         model,
         FIVE_B,
-        text=tiny.text() if text is None else text,
+        text=tiny.text(),
         geometry=shape,
         settings=generation.RolloutSettings(window=6),
         seed=0,
