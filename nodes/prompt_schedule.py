@@ -11,7 +11,7 @@ from ._host import io
 from .conditioning import KEY, Spoken
 from .plain_errors import plain_errors
 
-SWITCHES = ["soft", "cut", "cut+sink", *(f"blend:{chunks}" for chunks in (2, DEFAULT_BLEND, 8))]
+SWITCHES = ["soft", "soft:1", "cut", "cut+sink", *(f"blend:{chunks}" for chunks in (2, DEFAULT_BLEND, 8))]
 """Ways of a change to choose from; the text may name any."""
 
 EXAMPLE = "[0s: a cat sleeps on a sofa] [10s: the cat wakes up and stretches]"
@@ -45,8 +45,9 @@ class SFPPPromptSchedule(io.ComfyNode):
                     options=SWITCHES,
                     default="soft",
                     tooltip="How scenes take over, where the text does not say, as in [10s cut: a dog]. "
-                    "soft: the picture goes on under the new prompt. cut: a new shot. cut+sink: one that "
-                    "keeps the sink. blend:4: prompts are mixed over 4 chunks, 3 seconds.",
+                    "soft: the picture goes on under the new prompt. soft:1: it remembers 1 chunk alone and "
+                    "so changes more. cut: a new shot. cut+sink: one that keeps the sink. blend:4: prompts "
+                    "are mixed over 4 chunks, 3 seconds.",
                 ),
             ],
             outputs=[io.Conditioning.Output(display_name="CONDITIONING")],

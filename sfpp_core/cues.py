@@ -21,7 +21,9 @@ ChangeKind = Literal["soft", "cut", "blend"]
 LONGEST_BLEND = 1000
 """Most chunks of a blend: a larger number is a slip of the finger."""
 
-CHANGES = "soft, cut, cut+sink or blend:N, where N is a number of chunks, e.g. blend:4"
+CHANGES = (
+    "soft, cut, cut+sink or blend:N, e.g. blend:4 over 4 chunks; soft:N remembers the last N chunks alone"
+)
 """How a change is written."""
 
 DEFAULT_BLEND = 4
@@ -33,7 +35,8 @@ class Change:
     """How a prompt gives way to the next.
 
     ``soft``: what the window remembers is computed again under the new prompt, so the picture goes on and the
-    old prompt is forgotten at once (LongLive's KV recache, arXiv:2509.22622). ``cut``: the memory is emptied
+    old prompt is forgotten at once (LongLive's KV recache, arXiv:2509.22622). With ``chunks`` only the last
+    ones are, and the picture changes more. ``cut``: the memory is emptied
     and a new shot begins. ``blend``: the memory stays, and the embeddings move to the new ones in equal
     steps.
     """
@@ -41,7 +44,9 @@ class Change:
     kind: ChangeKind = "soft"
 
     chunks: int = 0
-    """Chunks of a blend; the last of them is the first that hears the new prompt alone."""
+    """Of a blend: over how many; the last of them is the first that hears the new prompt alone. Of a soft
+    change: how many of the latest are remembered, besides the sink; 0 is the whole window. Windows that start
+    anew remember what they always do."""
 
     sink: bool = False
     """Whether a cut keeps the sink, computed again under the new prompt: the look of the start survives."""
@@ -59,12 +64,14 @@ class Change:
         Raises:
             SettingsError: It names none.
         """
-        found = re.fullmatch(r"(soft)|(cut|#)(\+sink)?|(blend)(?::(\d{1,9}))?", text.strip())
+        found = re.fullmatch(
+            r"(soft)(?::([1-9]\d{0,8}))?|(cut|#)(\+sink)?|(blend)(?::(\d{1,9}))?", text.strip()
+        )
         if found is None:
             raise SettingsError(f"{text!r} names no way to change the prompt; use {CHANGES}.")
-        soft, cut, sink, _, chunks = found.groups()
+        soft, least, cut, sink, _, chunks = found.groups()
         if soft:
-            return cls()
+            return cls(chunks=int(least or 0))
         if cut:
             return cls(kind="cut", sink=sink is not None)
         return cls(kind="blend", chunks=DEFAULT_BLEND if chunks is None else int(chunks))
@@ -72,6 +79,8 @@ class Change:
     def __str__(self) -> str:
         if self.kind == "blend":
             return f"blend:{self.chunks}"
+        if self.kind == "soft" and self.chunks:
+            return f"soft:{self.chunks}"
         return "cut+sink" if self.sink else self.kind
 
 

@@ -13,7 +13,7 @@ from .scenes import Scene, Script, Source, goes_on, joined
 _NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)"
 _UNITS = {"s": 1, "sec": 1, "secs": 1, "second": 1, "seconds": 1, "m": 60, "min": 60, "minutes": 60}
 _LOOKS_LIKE_A_UNIT = r"(?:s|secs?|seconds?|m|mins?|minutes?|ms|h|f|frames?)(?![A-Za-z])"
-_MARK = r"(?:\#|cut)(?:\+sink)?|soft|blend(?::\d+)?"
+_MARK = r"(?:\#|cut)(?:\+sink)?|(?:soft|blend)(?::\d+)?"
 
 _CUE = re.compile(
     # A number with a unit, or followed as a time would be, but not 16:9 and not 3 cats; or a change alone.

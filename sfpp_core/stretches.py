@@ -91,4 +91,8 @@ def _after(before: Stretch, change: Change | None, shape: CacheShape, *, overlap
     if change is not None and change.kind == "cut":
         own = shape.sink if change.sink else 0
         return Stretch(begin=begin, stop=begin, kept=kept[:own], lead=lead if own else 0)
+    if change is not None and change.chunks and not before.overlap:
+        sink, ring = kept[: shape.sink], kept[shape.sink :]
+        if len(ring) > change.chunks:
+            kept, lead = sink + ring[-change.chunks :], lead if sink else 0
     return Stretch(begin=begin, stop=begin, kept=kept, lead=lead, overlap=before.overlap)

@@ -61,7 +61,7 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(files, tmp_path, ca
     said = refused(
         capsys, command(files, out, prompt="[0s: a red circle] [1: a blue circle]"), "error: the unit"
     )
-    assert said.splitlines()[-1].endswith("^ character 21")
+    assert said.splitlines()[-1].endswith("^ character 22")
     refused(
         capsys, command(files, out, "--switch", "fade"), "argument --switch: 'fade' names no way to change"
     )

@@ -46,7 +46,7 @@ def equal(some, others):
     return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
-KINDS = ["soft", "cut", "cut+sink", "blend:3"]
+KINDS = ["soft", "soft:1", "cut", "cut+sink", "blend:3"]
 WAYS = [{}, {"sink": 3}, {"sink": 3, "sink_positions": "relative"}, {"overlap": 3}, {"lead": 1}]
 WAYS += [{"lead": 1, "sink": 3}, {"lead": 1, "overlap": 6}]
 
@@ -135,6 +135,9 @@ def by_hand(clip, kept, place, text, *, steps=2):
         ("soft", 0, 6, [4, 5]),
         ("soft", 3, 6, [0, 5]),
         ("soft", 3, 2, [0, 1]),
+        ("soft:1", 0, 6, [5]),
+        ("soft:1", 3, 6, [0, 5]),
+        ("soft:9", 0, 6, [4, 5]),
         ("cut", 0, 6, []),
         ("cut", 3, 6, []),
         ("cut+sink", 0, 6, []),
@@ -264,7 +267,7 @@ def test_memory_does_not_grow_with_scenes(monkeypatch):
         most = max(most, len(held))
 
     monkeypatch.setattr(LongSampler, "_hold", holding)
-    cues = [cue(0, A), *(cue(chunk, B, KINDS[chunk % 4]) for chunk in range(4, 40, 4))]
+    cues = [cue(0, A), *(cue(chunk, B, KINDS[chunk // 4 % 5]) for chunk in range(4, 40, 4))]
     made(sampler(40, steps=1, sink=3), cues)
     assert most <= 2 * 3 + 2
 
@@ -311,6 +314,7 @@ def test_chunks_can_be_mapped_before_they_are_shown_and_remembered():
         (" cut ", "cut"),
         ("#", "cut"),
         ("cut+sink", "cut+sink"),
+        ("soft:3", "soft:3"),
         ("blend", "blend:4"),
         ("blend:12", "blend:12"),
     ],
@@ -321,7 +325,7 @@ def test_a_change_is_written_as_it_is_read(text, said):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "fade", "soft:3", "blend:", "blend:x", "cut+", "soft+sink", "blend:1.5"]
+    "text", ["", "fade", "soft:0", "soft:", "blend:", "blend:x", "cut+", "soft+sink", "blend:1.5"]
 )
 def test_what_names_no_change_is_refused(text):
     with pytest.raises(
