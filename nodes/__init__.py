@@ -3,6 +3,7 @@
 from ._host import ComfyExtension, io
 from .decoding import SFPPDecodeToVideo
 from .loaders import SFPPLoadDemo, SFPPLoadStudent
+from .prompt_schedule import SFPPPromptSchedule
 from .report import SFPPDriftReport
 from .sampling import SFPPCacheSettings, SFPPLongSampler
 
@@ -15,6 +16,7 @@ class SFPPExtension(ComfyExtension):
         return [
             SFPPLoadStudent,
             SFPPLoadDemo,
+            SFPPPromptSchedule,
             SFPPCacheSettings,
             SFPPLongSampler,
             SFPPDecodeToVideo,

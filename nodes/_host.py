@@ -200,6 +200,11 @@ def own_clip(tokenizer: Callable[..., Any], encoder: Callable[..., Any], weights
     return comfy.sd.CLIP(target, parameters=parameters, state_dict=[weights])
 
 
+def encode_text(clip: Any, text: str) -> Any:
+    """Return the CONDITIONING of a text, as core's own node makes it."""
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
 def own_patcher(module: torch.nn.Module) -> Any:
     """Return ``module`` under core's memory management."""
     management = comfy.model_management

@@ -9,12 +9,14 @@ from . import drift_command
 from .attention import NAMES
 from .cache_shape import StorageKind
 from .config import SinkPositions
+from .cues import CHANGES, SOFT, Change
 from .decoder import PREVIEW
-from .errors import SFPPError
+from .errors import ScriptError, SFPPError
 from .lora import parse_lora_option
 from .naming import Choice
 from .presets import FAMILIES
 from .request import DTYPES, Request
+from .script import load_script
 from .text_cache import default_folder
 
 Command = Callable[[argparse.Namespace, list[int]], int]
@@ -25,6 +27,8 @@ examples:
   python -m sfpp_core generate "a red circle moves right slowly" --seconds 60 --out video.mp4
   python -m sfpp_core generate "a cat surfs a wave" --student self_forcing_dmd.pt --decoder Wan2.1_VAE.pth
       --text-encoder umt5_xxl_fp8_e4m3fn_scaled.safetensors --seconds 60 --out cat.mp4
+  python -m sfpp_core generate "a red circle moves right slowly [10s] | a blue square moves up fast [10s]"
+      --seconds 20 --out change.mp4
 """
 
 NOTES = """\
@@ -32,6 +36,10 @@ Without --student the embedded demo is used: one coloured shape that moves over 
 what it knows when a prompt holds a word it does not. The same prompt, seed and settings give the same video,
 and a longer video begins with the shorter one. The file plays while it grows; Ctrl-C ends it early and leaves
 what is there.
+Prompts over time: "a cat [5s] | a dog [10s]" with the length of each scene, "[0s: a cat] [5s: a dog]" with
+the time it begins at, "a cat | a dog" in equal shares, or JSON. Text before the first bracket is common to
+all scenes. [5s cut: a dog] or a dog [10s cut] says how the scene takes over; else --switch does. Scenes begin
+at the nearest chunk. What comes before a change does not depend on it.
 Nothing is ever downloaded.
 """
 
@@ -77,7 +85,9 @@ def parser(commands: Mapping[str, Command], *, version: str) -> argparse.Argumen
 def _add_generate_options(command: argparse.ArgumentParser) -> None:
     """Add the options of ``generate``."""
     add = command.add_argument
-    add("prompt", help="what the video shows")
+    add("prompt", nargs="?", help="what the video shows; prompts over time as explained below")
+    add("--script", type=Path, metavar="FILE", help="prompts over time from a file, in place of a prompt")
+    add("--switch", type=_change, default=SOFT, metavar="WAY", help=f"how prompts change: {CHANGES}")
     _add_output_options(command)
     add("--seconds", type=float, default=60.0, metavar="S", help="length in seconds (default 60)")
     add("--seed", type=int, default=0, metavar="N", help="seed of all noise, any whole number (default 0)")
@@ -177,6 +187,14 @@ def _lora(text: str) -> tuple[Path, float]:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _change(text: str) -> Change:
+    """Parse the way of a change."""
+    try:
+        return Change.parse(text)
+    except SFPPError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _cache(text: str) -> Path:
     """Return the folder that is named, or the user's own; that is looked for only if it is wanted."""
     try:
@@ -190,11 +208,34 @@ def _decoder(text: str) -> Path | str:
     return text if text == PREVIEW else Path(text)
 
 
+def _prompt(arguments: argparse.Namespace) -> str:
+    """Return the prompt, or what the file in its place holds."""
+    if (arguments.prompt is None) == (arguments.script is None):
+        raise ScriptError("say what the video shows: either a prompt, or --script with a file, and not both.")
+    return arguments.prompt if arguments.script is None else load_script(arguments.script)
+
+
 def request_of(arguments: argparse.Namespace) -> Request:
-    """Return what the arguments of ``generate`` ask for."""
+    """Return what the arguments of ``generate`` ask for.
+
+    Raises:
+        ScriptError: There is no prompt, or one too many, or the file of a script cannot be read.
+    """
     given = vars(arguments)
-    names = ("prompt", "out", "seconds", "seed", "width", "height", "student", "words", "decoder", "enlarge")
+    names = (
+        "switch",
+        "out",
+        "seconds",
+        "seed",
+        "width",
+        "height",
+        "student",
+        "words",
+        "decoder",
+        "enlarge",
+    )
     names += ("preset", "weights", "text_encoder", "tokenizer", "text_cache", "tile", "start", "encoder")
     names += ("latents", "storage", "attention", "device", "dtype", "threads")
     settings = {name: given[name] for name in _SETTINGS if given[name] is not None}
-    return Request(**{name: given[name] for name in names}, loras=tuple(given["lora"]), settings=settings)
+    chosen = {name: given[name] for name in names}
+    return Request(prompt=_prompt(arguments), **chosen, loras=tuple(given["lora"]), settings=settings)

@@ -14,6 +14,7 @@ from torch import Tensor
 from .arithmetic import fast_products
 from .checkpoint import load_student
 from .compute import decoder_dtype
+from .cues import Cue
 from .decoder import StreamingDecoder, StreamingEncoder, load_decoder, load_encoder
 from .errors import OutputError
 from .geometry import TEMPORAL_STRIDE
@@ -31,7 +32,7 @@ class Loaded:
     """The models of a plan, in memory."""
 
     sampler: LongSampler
-    embeddings: Tensor
+    cues: tuple[Cue, ...]
     decoder: StreamingDecoder
 
     start: Tensor | None = None
@@ -45,7 +46,7 @@ def load(planned: Plan) -> Loaded:
         CheckpointError: A file is damaged where its header does not show it, e.g. holds weights that are NaN.
     """
     channels, beginning = planned.decoder.space.channels, planned.beginning
-    embeddings = planned.source.embeddings(planned.device)
+    cues = planned.timetable.cues(planned.source.embeddings(planned.device))
     start = None
     if beginning is not None:
         start = beginning.encoded(lambda: _load_encoder(planned), chunk=planned.settings.chunk)
@@ -73,7 +74,7 @@ def load(planned: Plan) -> Loaded:
         storage=planned.request.storage,
         restart=_restart(planned, decoder),
     )
-    return Loaded(sampler=sampler, embeddings=embeddings, decoder=decoder, start=start)
+    return Loaded(sampler=sampler, cues=cues, decoder=decoder, start=start)
 
 
 def _load_encoder(planned: Plan) -> StreamingEncoder:
@@ -134,7 +135,7 @@ def _pieces(planned: Plan, loaded: Loaded) -> Iterator[Tensor]:
     geometry, folder = planned.geometry, planned.request.latents
     info = planned.latents_info if folder is not None else None  # once: it asks the disk about every file
     loaded.decoder.reset()
-    for chunk, clean in enumerate(loaded.sampler.chunks(loaded.embeddings, start=loaded.start)):
+    for chunk, clean in enumerate(loaded.sampler.chunks(loaded.cues, start=loaded.start)):
         if folder is None or info is None:
             yield loaded.decoder.decode(clean)[0, : geometry.frames_kept(chunk)]
             continue

@@ -29,6 +29,8 @@ from .presets import SELF_FORCING, of_family
 from .prompts import PromptSource, is_of_the_demo, prompt_source
 from .recording import Recording
 from .request import Request
+from .script import read_script
+from .timetable import Timetable, timetable
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ class Plan:
     student: FileInfo
     adapters: tuple[Adapter, ...]
     decoder: DecoderInfo
+    timetable: Timetable
     source: PromptSource
     beginning: Beginning | None
     geometry: VideoGeometry
@@ -107,7 +110,15 @@ class Plan:
         files = (*models, *texts, request.start)
         named = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path]
         settings = (to_table(self.settings), request.weights, request.loras, request.storage)
-        made = (named, settings, self.geometry.lead, str(self.dtype), self.device.type, request.attention)
+        made = (
+            named,
+            str(request.switch),
+            settings,
+            self.geometry.lead,
+            str(self.dtype),
+            self.device.type,
+            request.attention,
+        )
         return blake2b(repr(made).encode(), digest_size=8).hexdigest()
 
     def lines(self) -> list[str]:
@@ -134,6 +145,10 @@ class Plan:
             + (f", cache {request.storage}" if request.storage != "plain" else ""),
             f"memory   {self.forecast}, besides Python and PyTorch; the same for any length",
         ]
+        if len(self.timetable.entries) > 1:
+            lines[3:3] = [
+                f"{'' if row else 'scenes':<9}{line}" for row, line in enumerate(self.timetable.lines())
+            ]
         if self.beginning is not None:
             lines.insert(1, f"start    {self.beginning}")
         return lines
@@ -148,6 +163,7 @@ def plan(request: Request) -> Plan:
         SFPPError: Something is impossible; the message says what, and what to do instead.
     """
     frames_in(request.seconds)
+    script = read_script(request.prompt, change=request.switch)
     student = check_student(request.student or demo.file(demo.STUDENT), choice=request.weights)
     config = student.config
     assert config is not None
@@ -156,9 +172,13 @@ def plan(request: Request) -> Plan:
     beginning, geometry = _sizes(request, config, settings, space)
     _warn_of_options_without_effect(request, config, settings)
     adapters = tuple(read_adapter(path, config, strength=strength) for path, strength in request.loras)
+    table = timetable(script, geometry)
+    for warning in table.warnings:
+        logger.warning("%s", warning)
     source = prompt_source(
-        request.prompt,
+        table.prompts,
         config,
+        names=[str(entry) for entry in table.entries],
         words=request.words,
         encoder=request.text_encoder,
         tokenizer=request.tokenizer,
@@ -208,6 +228,7 @@ def plan(request: Request) -> Plan:
         student=student,
         adapters=adapters,
         decoder=decoder,
+        timetable=table,
         source=source,
         beginning=beginning,
         geometry=geometry,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .cache_shape import StorageKind
+from .cues import SOFT, Change
 from .naming import Choice
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -19,10 +20,13 @@ class Request:
     """What a user asks for. ``None`` leaves the choice to the student, which is the demo's if not named."""
 
     prompt: str
-    """What the video shows."""
+    """What the video shows: one prompt, or prompts over time in any form of ``script``."""
 
     out: str
     """File or folder for the video, as for ``video.open_writer``."""
+
+    switch: Change = SOFT
+    """How a prompt takes over from the one before, where the script does not say."""
 
     seconds: float = 60.0
     """Length of the video."""

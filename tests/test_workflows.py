@@ -17,6 +17,7 @@ NODES = schemas()
 SURFACE = {
     "SFPPLoadStudent": (["student", "weights", "preset"], ["MODEL"]),
     "SFPPLoadDemo": ([], ["CLIP", "VAE"]),
+    "SFPPPromptSchedule": (["clip", "text", "switch"], ["CONDITIONING"]),
     "SFPPCacheSettings": (["window", "sink", "sink_positions", "storage"], ["SFPP_CACHE"]),
     "SFPPLongSampler": (
         ["model", "conditioning", "width", "height", "seconds", "video_seed", "cache", "start"],
