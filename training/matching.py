@@ -144,8 +144,9 @@ class Matching:
             velocity = self.scores.velocity(self.critic, at, shown.captions)
         loss = velocity_loss(velocity, at.clean, at.noise, self.scores.weights(at.clean))
         if self.options.critic_overall:
-            pieces = map(self.scores.pieces, (velocity, at.clean, at.noise))
-            loss = loss + self.options.critic_overall * overall_loss(*pieces)
+            pieces = self.scores.pieces
+            clips = overall_loss(pieces(velocity), pieces(at.clean), pieces(at.noise))
+            loss = loss + self.options.critic_overall * clips
         return loss
 
     def student_loss(self, shown: Shown, generator: torch.Generator) -> Tensor:
@@ -160,8 +161,8 @@ class Matching:
             mask = weights if mask is None else weights * mask
         if mask is not None:
             mask = pieces(mask.expand(len(shown.clean), -1, -1, -1, -1))
-        clips = (pieces(x) for x in (shown.clean, real, fake))
-        return dmd_loss(*clips, mask, overall=self.options.overall)
+        overall = self.options.overall
+        return dmd_loss(pieces(shown.clean), pieces(real), pieces(fake), mask, overall=overall)
 
     def bound(self, captions: Sequence[str]) -> BoundStudent:
         """Return the student, bound to ``captions``."""
