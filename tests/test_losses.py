@@ -6,7 +6,7 @@ import torch
 
 from sfpp_core.kv_cache import CacheShape
 from sfpp_core.schedule import clean_from_velocity
-from training.losses import dmd_loss, guide, velocity_loss
+from training.losses import dmd_loss, guide, overall_loss, velocity_loss
 from training.scores import CausalScores, Levels
 
 LEVELS = Levels(shift=5.0, least=0.02, largest=0.98)
@@ -59,6 +59,25 @@ def test_the_critic_is_right_when_it_predicts_noise_minus_clean():
     clean, noise = torch.randn(2, 2, 4)
     assert velocity_loss(noise - clean, clean, noise) == 0
     assert velocity_loss(noise, clean, noise) > 0
+
+
+def test_what_a_clip_has_in_common_can_weigh_more_in_the_dmd_gradient():
+    clean = torch.randn(2, 4, 3, 2, 2, requires_grad=True)
+    real, fake = torch.randn(2, 2, 4, 3, 2, 2)
+    mask = torch.tensor([0.0, 1.0, 1.0]).view(1, 1, 3, 1, 1)
+    plain, more = (
+        torch.autograd.grad(dmd_loss(clean, real, fake, mask, overall=w), clean)[0] for w in (0, 3)
+    )
+    common = plain[:, :, 1:].mean((2, 3, 4), keepdim=True)
+    torch.testing.assert_close(more[:, :, 1:], plain[:, :, 1:] + 3 * common)
+    assert more[:, :, 0].abs().max() == 0
+
+
+def test_the_overall_loss_is_that_of_the_means_and_has_the_same_minimum():
+    clean, noise, velocity = torch.randn(3, 2, 4, 3, 2, 2)
+    means = [x.mean((2, 3, 4)) for x in (velocity, noise - clean)]
+    torch.testing.assert_close(overall_loss(velocity, clean, noise), (means[0] - means[1]).square().mean())
+    assert overall_loss(noise - clean, clean, noise) < 1e-12
 
 
 def test_a_guidance_of_four_is_what_self_forcings_trainer_writes_as_three():

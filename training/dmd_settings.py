@@ -58,6 +58,14 @@ class DmdSettings:
     is the whole segment. A causal teacher judges only the first chunk of a clip without a past: in short
     clips it tells more chunks' exposure."""
 
+    overall: float = 0.0
+    """Extra weight, in the student's gradient, of what a clip's score difference has in common over place and
+    time: exposure and tint, a few numbers among thousands. 0 is the method as published."""
+
+    critic_overall: float = 0.0
+    """Extra weight, in the critic's loss, of the error of a clip's mean over place and time. It has the same
+    minimum as the loss itself, and lets the critic know the student's exposures sooner."""
+
     streaming: bool = False
     """Go on with one rollout from update to update, instead of beginning another in each."""
 

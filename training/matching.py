@@ -17,7 +17,7 @@ from sfpp_core.noise import ChunkNoise
 from sfpp_core.schedule import FewStepSchedule
 from sfpp_core.student import BoundStudent, CausalStudent
 from training.first_latent import FirstLatent, Pictures, as_clips
-from training.losses import dmd_loss, velocity_loss
+from training.losses import dmd_loss, overall_loss, velocity_loss
 from training.models import Model, attention_of
 from training.scores import Role, Scores, estimate
 from training.segments import BackwardNoise, Rolled, Segment, roll_segment
@@ -35,6 +35,12 @@ class RollOptions:
 
     checkpointing: bool
     """Recompute each layer in backward instead of keeping its activations."""
+
+    overall: float = 0.0
+    """See ``DmdSettings``."""
+
+    critic_overall: float = 0.0
+    """See ``DmdSettings``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +142,12 @@ class Matching:
         at = self.scores.noised(shown.clean, generator)
         with torch.autocast(self.device.type, torch.bfloat16):
             velocity = self.scores.velocity(self.critic, at, shown.captions)
-        return velocity_loss(velocity, at.clean, at.noise, self.scores.weights(at.clean))
+        loss = velocity_loss(velocity, at.clean, at.noise, self.scores.weights(at.clean))
+        if self.options.critic_overall:
+            pieces = self.scores.pieces
+            clips = overall_loss(pieces(velocity), pieces(at.clean), pieces(at.noise))
+            loss = loss + self.options.critic_overall * clips
+        return loss
 
     def student_loss(self, shown: Shown, generator: torch.Generator) -> Tensor:
         """Return the distribution-matching loss of the student's segment."""
@@ -150,7 +161,8 @@ class Matching:
             mask = weights if mask is None else weights * mask
         if mask is not None:
             mask = pieces(mask.expand(len(shown.clean), -1, -1, -1, -1))
-        return dmd_loss(pieces(shown.clean), pieces(real), pieces(fake), mask)
+        overall = self.options.overall
+        return dmd_loss(pieces(shown.clean), pieces(real), pieces(fake), mask, overall=overall)
 
     def bound(self, captions: Sequence[str]) -> BoundStudent:
         """Return the student, bound to ``captions``."""

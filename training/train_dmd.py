@@ -201,6 +201,8 @@ def load_roles(
             first_latent=cast(FirstLatent, settings.first_latent),
             masked=settings.masked,
             checkpointing=settings.checkpointing,
+            overall=settings.overall,
+            critic_overall=settings.critic_overall,
         ),
         autoencoder=autoencoder,
         guidance=settings.guidance,
