@@ -30,7 +30,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--chunk-frames", type=int, default=CHUNK_FRAMES, metavar="N", help=said)
     said = "frames of the first chunk (default: 3 fewer; one more for a video that starts from an image)"
     add("--first-chunk-frames", type=int, metavar="N", help=said)
-    add("--fps", type=float, default=FPS, metavar="X", help=f"of pictures, which have none (default {FPS})")
+    add("--fps", type=float, default=FPS, metavar="X", help=f"where the file states none (default {FPS})")
     add("--quiet", action="store_true", help="no progress and no text, only the files")
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 from sfpp_core import cli, drift_plot
 from sfpp_core.drift import DriftMeter, Second
 from sfpp_core.drift_report import NAMES, DriftWatch, ReportFiles, report_of, watched
+from sfpp_core.encoder import find_ffmpeg
 from sfpp_core.errors import OutputError, PictureError
 from sfpp_core.footage import open_footage
 from sfpp_core.recording import Recording, record
@@ -154,6 +155,34 @@ def test_pictures_are_read_in_order(tmp_path):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a200.png")
     with pytest.raises(PictureError, match=r"a200\.png is 8x8 and the first picture 24x16"):
         list(open_footage(tmp_path).pieces())
+
+
+def test_pictures_of_two_videos_in_a_folder_are_refused_unless_a_pattern_tells_them_apart(tmp_path):
+    for name in ("a1.png", "a2.png", "b1.png"):
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / name)
+    with pytest.raises(PictureError, match=r"a1\.png and b1\.png are both picture 1; keep the pictures of one"):
+        open_footage(tmp_path)
+    assert open_footage(tmp_path / "a%06d.png").announced == 2
+
+
+def test_a_percent_sign_in_the_name_of_a_video_is_no_pattern(video, tmp_path):
+    path = tmp_path / "50%_darker.mp4"
+    path.write_bytes(video.read_bytes())
+    assert open_footage(path).announced == 100
+
+
+def test_a_video_that_states_the_ticks_of_a_clock_is_read_at_the_rate_that_is_asked_for(
+    video, tmp_path, caplog
+):
+    """As browsers record: "1k fps"."""
+    path = tmp_path / "recorded.mkv"
+    command = [find_ffmpeg(), "-loglevel", "error", "-r", "1000", "-i", str(video), "-frames:v", "40"]
+    subprocess.run([*command, "-r", "1000", "-pix_fmt", "yuv420p", str(path)], check=True)
+    footage = open_footage(path, picture_fps=20)
+    assert footage.fps == 20
+    assert "recorded.mkv does not state its frame rate; 20 frames per second are assumed" in caplog.text
+    assert cli.main(["report", str(path), "--quiet", "--json", str(tmp_path / "a.json")]) == 0
+    assert json.loads((tmp_path / "a.json").read_text())["frames"] == 40
 
 
 def test_what_is_no_video_is_refused(tmp_path):
