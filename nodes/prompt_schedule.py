@@ -31,7 +31,9 @@ class SFPPPromptSchedule(io.ComfyNode):
             "scene alone.",
             search_aliases=["prompt travel", "timed prompts", "scenes", "storyboard"],
             inputs=[
-                io.Clip.Input("clip", tooltip="The student's text encoder: umT5, or that of Load Demo."),
+                io.Clip.Input(
+                    "clip", tooltip="The student's text encoder: umT5, or that of Load Demo Text and Decoder."
+                ),
                 io.String.Input(
                     "text",
                     multiline=True,

@@ -51,7 +51,8 @@ class SFPPDriftReport(io.ComfyNode):
                     min=1.0,
                     max=240.0,
                     step=1.0,
-                    tooltip="Frames per second of images, which have none. A video brings its own.",
+                    tooltip="Frames per second of images, which have none, and of a video that states none. "
+                    "Others bring their own.",
                 ),
                 io.Int.Input(
                     "first_chunk_frames",
@@ -117,7 +118,7 @@ def _frames(
         yield (part.movedim(-1, 1)[:, :3] for part in images.split(PIECE)), len(images), images_fps
         return
     with _host.video_on_disk(video) as path:
-        footage = open_footage(path)
+        footage = open_footage(path, picture_fps=images_fps)
         pieces: Generator[Tensor] = footage.pieces()
         try:
             yield pieces, footage.announced, footage.fps

@@ -243,19 +243,20 @@ class SFPPLongSampler(io.ComfyNode):
             storage="plain" if cache is None else cache.storage,
             maker=cls.hidden.unique_id,
         )
-        _host.say("\n".join(scene_remarks(table) + remarks(video, model, config)))
+        _host.say("\n".join(scene_remarks(table, settings) + remarks(video, model, config)))
         return io.NodeOutput(LazyLatent(video))
 
 
-def scene_remarks(table: Timetable) -> list[str]:
+def scene_remarks(table: Timetable, settings: RolloutSettings) -> list[str]:
     """Return what is not shown as written, and when the scenes begin; the log has the whole table."""
-    for warning in table.warnings:
+    warnings = [*table.warnings, *table.without_effect(settings)]
+    for warning in warnings:
         logger.warning("%s", warning)
     if len(table.entries) == 1:
-        return list(table.warnings)
+        return warnings
     logger.info("%s", "\n".join(["scenes", *table.lines()]))
     times = ", ".join(f"{entry.actual:.1f} s" for entry in table.entries)
-    return [*table.warnings, f"{len(table.entries)} scenes, at {times}"]
+    return [*warnings, f"{len(table.entries)} scenes, at {times}"]
 
 
 def remarks(video: Generation, model: Any, config: StudentConfig) -> list[str]:

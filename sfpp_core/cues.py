@@ -169,11 +169,15 @@ class Voice:
         one, and 13 and all after it the new one alone. A blend that is cut short goes on from where it was.
         """
         number, step = self.key(chunk)
-        cue = self._cues[number]
-        if not number or cue.change.kind != "blend" or step == cue.change.chunks:
-            return cue.embeddings
-        before = self.text(cue.chunk - 1).to(cue.embeddings)
-        return torch.lerp(before, cue.embeddings, step / cue.change.chunks)
+        cue, mixed = self._cues[number], []
+        while number and cue.change.kind == "blend" and step < cue.change.chunks:
+            mixed.append((cue.embeddings, step / cue.change.chunks))
+            number, step = self.key(cue.chunk - 1)
+            cue = self._cues[number]
+        text = cue.embeddings
+        for embeddings, share in reversed(mixed):
+            text = torch.lerp(text.to(embeddings), embeddings, share)
+        return text
 
     def _number(self, chunk: int) -> int:
         """Return the number of the cue that is heard at ``chunk``."""

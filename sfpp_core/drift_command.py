@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .drift import CHUNK_FRAMES, Borders, DriftMeter, Second
 from .drift_report import DriftReport, ReportFiles, report_of
-from .errors import SFPPError
+from .errors import OutputError, SFPPError
 from .footage import open_footage
 from .geometry import FPS
 
@@ -30,7 +30,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--chunk-frames", type=int, default=CHUNK_FRAMES, metavar="N", help=said)
     said = "frames of the first chunk (default: 3 fewer; one more for a video that starts from an image)"
     add("--first-chunk-frames", type=int, metavar="N", help=said)
-    add("--fps", type=float, default=FPS, metavar="X", help=f"of pictures, which have none (default {FPS})")
+    add("--fps", type=float, default=FPS, metavar="X", help=f"where the file states none (default {FPS})")
     add("--quiet", action="store_true", help="no progress and no text, only the files")
 
 
@@ -46,6 +46,9 @@ def run(arguments: argparse.Namespace, caught: list[int]) -> int:
     torch.set_num_threads(1)  # the pictures are small: threads would wait for each other
     files = ReportFiles(csv=arguments.csv, json=arguments.json, plot=arguments.plot)
     files.check()
+    for path in (files.csv, files.json, files.plot):
+        if path is not None and path.resolve() == Path(arguments.video).resolve():
+            raise OutputError(f"the report would replace the video {path}; name another file.")
     borders = Borders(period=arguments.chunk_frames, first=arguments.first_chunk_frames)
     footage = open_footage(arguments.video, picture_fps=arguments.fps)
     meter, seconds, complete = DriftMeter(fps=footage.fps, borders=borders), [], True

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import drift_faults, drift_plot
 from .drift import Borders, DriftMeter, Second
 from .drift_faults import FAULTS, LEAST_SECONDS, Fault, find_faults
-from .errors import OutputError, SFPPError
+from .errors import OutputError
 from .outputs import check_folder
 
 FORMAT, VERSION = "sfpp-drift", 1
@@ -72,11 +72,13 @@ class DriftReport:
         if len(self.seconds) < LEAST_SECONDS:
             lines.append(f"too short to judge drift: that takes {LEAST_SECONDS} s.")
         lines += [f"{fault.name} ({fault.score:.1f}): {fault.text}." for fault in self.findings]
-        if not self.findings:
-            nearest = (
-                f"; nearest is {self.faults[0].name} ({self.faults[0].score:.1f})" if self.faults else ""
+        if not self.faults:
+            lines.append("nothing could be judged.")
+        elif not self.findings:
+            nearest = self.faults[0]
+            lines.append(
+                f"no fault: every score is below 1; nearest is {nearest.name} ({nearest.score:.1f})."
             )
-            lines.append(f"no fault: every score is below 1{nearest}.")
         return lines
 
     def as_csv(self) -> str:
@@ -165,13 +167,18 @@ class ReportFiles:
         """Refuse files that cannot be written. Leaves nothing behind.
 
         Raises:
-            OutputError: A folder is missing or write-protected, or a plot is asked for without matplotlib.
+            OutputError: A folder is missing or write-protected, two files are one, or a plot is asked for
+                without matplotlib.
         """
         if self.plot is not None:
             drift_plot.check_plot(self.plot)
+        seen: set[Path] = set()
         for path in filter(None, (self.csv, self.json, self.plot)):
             if path.is_dir():
                 raise OutputError(f"{path} is a folder; name a file in it.")
+            if path.resolve() in seen:
+                raise OutputError(f"{path} is named for two parts of the report; name a file for each.")
+            seen.add(path.resolve())
             check_folder(path.parent)
 
     def write(self, report: DriftReport) -> list[Path]:
@@ -241,7 +248,7 @@ class DriftWatch:
             self._seconds += self._meter.finish()
             report = report_of(self._meter, self._seconds)
             self._files.write(report)
-        except (SFPPError, OSError, ValueError) as error:
+        except Exception as error:  # any, as above: the video is there
             logger.warning("the drift report could not be written: %s", error)
             return None
         for fault in report.findings:
@@ -286,6 +293,7 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         write(part)
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
         why = error.strerror or error
         raise OutputError(f"{path} cannot be written ({why}); free room or choose another place.") from error
+    finally:
+        part.unlink(missing_ok=True)

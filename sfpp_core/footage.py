@@ -3,12 +3,15 @@
 Legend: F frames, H and W pixels.
 """
 
+import logging
+import math
 import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,11 @@ from .outputs import OutputPath, split_pattern
 
 PIECE = 12
 """Frames read at a time."""
+
+LARGEST_FPS = 1000
+"""From here on a file states the ticks of its clock, as recordings of browsers do, and no frame rate."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +46,7 @@ class Footage:
     """Pixels."""
 
     fps: float
-    """Frames per second; of pictures, what was asked for."""
+    """Frames per second; of what states none, as pictures, what was asked for."""
 
     announced: int = 0
     """Frames there should be, roughly; 0 where the file does not say, as one that still grows."""
@@ -99,14 +107,15 @@ def open_footage(path: OutputPath, *, picture_fps: float = FPS) -> Footage:
 
     Args:
         path: Whatever ffmpeg reads; a folder of PNG pictures, or a pattern such as ``folder/frame_%06d.png``.
-        picture_fps: Frames per second of pictures, which carry none.
+        picture_fps: Frames per second of pictures, which carry none, and of a video that states none: a
+            warning says so.
 
     Raises:
         PictureError: There is no such file, or nothing in it plays.
         OutputError: ffmpeg is missing.
     """
     place = Path(path)
-    if place.is_dir() or "%" in place.name:
+    if place.is_dir() or ("%" in place.name and not place.is_file()):
         return _sequence(path, picture_fps)
     if not place.is_file():
         raise PictureError(f"{place} does not exist or is no file; name a video or a folder of pictures.")
@@ -118,7 +127,10 @@ def open_footage(path: OutputPath, *, picture_fps: float = FPS) -> Footage:
     if done.returncode or size is None:
         why = last_words(done.stderr.splitlines())
         raise PictureError(f"{place} holds no frame that plays ({why}); is it a video?")
-    fps = float(rate[1].replace("k", "e3")) if rate else float(FPS)
+    fps = float(rate[1].replace("k", "e3")) if rate else math.inf
+    if fps >= LARGEST_FPS:
+        fps = float(picture_fps)
+        logger.warning("%s does not state its frame rate; %g frames per second are assumed.", place, fps)
     length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", source)
     seconds = int(length[1]) * 3600 + int(length[2]) * 60 + float(length[3]) if length else 0
     return Footage(
@@ -142,6 +154,12 @@ def _sequence(path: OutputPath, fps: float) -> Footage:
         raise PictureError(
             f"{path} holds no numbered PNG pictures; name a video, or the folder of a sequence."
         )
+    for (number, one), (after, other) in pairwise(numbered):
+        if number == after:
+            raise PictureError(
+                f"{one.name} and {other.name} are both picture {number}; keep the pictures of one video in a "
+                f"folder of its own, or name its pattern, e.g. {folder / 'name_%06d.png'}."
+            )
     height, width, _ = _read(numbered[0][1]).shape
     pictures = tuple(entry for _, entry in numbered)
     return Footage(

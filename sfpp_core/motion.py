@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 FLOW = "optical flow (DIS)"
@@ -17,6 +18,9 @@ FLOW = "optical flow (DIS)"
 
 GRADIENTS = "change over gradient (install opencv-python-headless for optical flow)"
 """Name of the second way."""
+
+SMALL = "change over gradient (the pictures are too small for optical flow)"
+"""Name of the second way where OpenCV would not help."""
 
 LEAST_SIDE = 32
 """Least side in pixels on which the search still finds anything."""
@@ -30,9 +34,16 @@ Step = Callable[[Tensor, Tensor], float]
 
 def step_measure(height: int, width: int) -> tuple[str, Step]:
     """Return the name of the best way there is to measure pictures of this size, and the way itself."""
-    if min(height, width) >= LEAST_SIDE and (search := _dense_search()) is not None:
-        return FLOW, search
-    return GRADIENTS, gradient_step
+    if min(height, width) < LEAST_SIDE:
+        return SMALL, gradient_step
+    if (finder := dense_search()) is None:
+        return GRADIENTS, gradient_step
+
+    def search(before: Tensor, after: Tensor) -> float:
+        flow = finder.calc(grey_bytes(before), grey_bytes(after), None)
+        return float(np.hypot(flow[..., 0], flow[..., 1]).mean())
+
+    return FLOW, search
 
 
 def gradient_step(before: Tensor, after: Tensor) -> float:
@@ -43,22 +54,17 @@ def gradient_step(before: Tensor, after: Tensor) -> float:
     return float((after - before).abs().mean()) / max(gradient, _FLAT)
 
 
-def _dense_search() -> Step | None:
-    """Return the search, or ``None`` without OpenCV."""
+def dense_search() -> Any:
+    """Return OpenCV's search, set to as many threads as torch; ``None`` where OpenCV is not installed."""
     try:
         import cv2
     except ImportError:
         return None
+    cv2.setNumThreads(torch.get_num_threads())
     opencv: Any = cv2  # its stubs do not know the search
-    finder = opencv.DISOpticalFlow_create(opencv.DISOPTICAL_FLOW_PRESET_FAST)
-
-    def search(before: Tensor, after: Tensor) -> float:
-        flow = finder.calc(_bytes(before), _bytes(after), None)
-        return float(np.hypot(flow[..., 0], flow[..., 1]).mean())
-
-    return search
+    return opencv.DISOpticalFlow_create(opencv.DISOPTICAL_FLOW_PRESET_FAST)
 
 
-def _bytes(picture: Tensor) -> np.ndarray:
-    """Return a grey picture as OpenCV wants it."""
+def grey_bytes(picture: Tensor) -> np.ndarray:
+    """Return grey pictures ``(..., H, W)`` in [0, 1] as OpenCV wants them."""
     return (picture.clamp(0, 1) * 255).round().byte().numpy()

@@ -69,6 +69,7 @@ class Repetition:
         """
         start, self._frames = self._frames, self._frames + len(latest)
         offset = -start % self._stride
+        latest = latest.clamp(-1, 1)  # what lies beyond would wrap around as bytes
         kept = ((latest[offset :: self._stride] + 1) * 127.5).round().byte()
         self._kept = torch.cat((self._kept, kept))
         surplus = max(0, len(self._kept) - self._most)

@@ -69,3 +69,8 @@ def joined(common: str, prompt: str) -> str:
 def goes_on(ended: float, after: float) -> str:
     """Say what is shown between two scenes that leave a gap, in seconds."""
     return f"nothing is said of {ended:g} s to {after:g} s; the scene before goes on."
+
+
+def no_change(change: Change) -> str:
+    """Say of the first scene that there is nothing it could change from."""
+    return f"{change} at the first scene does nothing: no scene comes before it."

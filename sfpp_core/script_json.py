@@ -23,7 +23,7 @@ from typing import Any
 from .cues import Change
 from .errors import ScriptError, SettingsError
 from .geometry import LONGEST_SECONDS
-from .scenes import Scene, Script, Source, joined
+from .scenes import Scene, Script, Source, joined, no_change
 
 _TOP = {"common": str, "switch": str, "scenes": list}
 _SCENE = {"prompt": str, "at": (int, float), "for": (int, float), "switch": str}
@@ -82,7 +82,8 @@ def _script(common: str, tables: Sequence[Mapping[str, Any]], change: Change) ->
         if key == "for" and not (last and "for" not in table):
             now += _seconds(table, "for", where, least=1e-3)
     ended = now if key == "for" and "for" in tables[-1] else None
-    return Script(scenes=tuple(scenes), seconds=ended)
+    remarks = (no_change(scenes[0].change),) if "switch" in tables[0] else ()
+    return Script(scenes=tuple(scenes), seconds=ended, remarks=remarks)
 
 
 def _check_order(before: Sequence[Scene], now: float, where: str) -> None:

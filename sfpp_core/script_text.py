@@ -8,7 +8,7 @@ from itertools import pairwise
 from .cues import CHANGES, Change
 from .errors import SettingsError
 from .geometry import LONGEST_SECONDS
-from .scenes import Scene, Script, Source, goes_on, joined
+from .scenes import Scene, Script, Source, goes_on, joined, no_change
 
 _NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)"
 _UNITS = {"s": 1, "sec": 1, "secs": 1, "second": 1, "seconds": 1, "m": 60, "min": 60, "minutes": 60}
@@ -115,7 +115,7 @@ def _first_change(bracket: _Bracket) -> list[str]:
     """Say so if the first scene asks for a change: there is nothing to change from."""
     if bracket.change is None:
         return []
-    return [f"{bracket.change} at the first scene does nothing: no scene comes before it."]
+    return [no_change(bracket.change)]
 
 
 def _common(source: Source, brackets: Sequence[_Bracket]) -> str:

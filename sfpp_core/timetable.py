@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from .config import RolloutSettings
 from .cues import SOFT, Change, Cue
-from .geometry import VideoGeometry
+from .geometry import TEMPORAL_STRIDE, VideoGeometry
 from .scenes import Scene, Script, goes_on
 
 SHOWN = 48
@@ -77,6 +78,16 @@ class Timetable:
             for entry, rows in zip(self.entries, embeddings, strict=True)
         )
 
+    def without_effect(self, settings: RolloutSettings) -> list[str]:
+        """Return what the changes ask for and a rollout of these settings cannot give, a line each."""
+        if settings.sink:
+            return []
+        return [
+            f"{entry}: {entry.change} is a plain cut here, for there is no sink; set one, or write cut."
+            for entry in self.entries[1:]
+            if entry.change.sink
+        ]
+
     def lines(self) -> list[str]:
         """Return the table for people: scene, wanted second, chunk, actual second, change, prompt."""
         rows = [("scene", "wanted", "chunk", "actual", "change", "prompt")]
@@ -103,7 +114,7 @@ def chunk_at(seconds: float, geometry: VideoGeometry) -> int:
     Chunk 0 begins at 0. Of Wan 2.1, with chunks of 3, the next begin at 0.5625, 1.3125, 2.0625 s and so on.
     """
     places = range(geometry.chunks)
-    guess = round(seconds * geometry.fps / (4 * geometry.chunk))
+    guess = round(seconds / _chunk_seconds(geometry))
     near = [place for place in range(guess - 2, guess + 3) if place in places] or [places[-1]]
     return min(near, key=lambda place: abs(begins(place, geometry) - seconds))
 
@@ -136,18 +147,23 @@ def timetable(script: Script, geometry: VideoGeometry) -> Timetable:
         if shown and shown[-1].chunk == chunk:
             warnings.append(f"{_shared(shown.pop(), entry, geometry)}")
         shown.append(entry)
-    if script.seconds is not None and script.seconds < length - geometry.chunk * 4 / geometry.fps:
+    if script.seconds is not None and script.seconds < length - _chunk_seconds(geometry):
         warnings.append(goes_on(script.seconds, length))
     return Timetable(entries=_different(shown), warnings=tuple(warnings))
 
 
 def _shared(before: Entry, entry: Entry, geometry: VideoGeometry) -> str:
     """Say which of two scenes that begin at one border is shown."""
-    lasts = geometry.chunk * 4 / geometry.fps
+    lasts = _chunk_seconds(geometry)
     return (
         f"{before} and {entry} both begin at {entry.actual:.2f} s, where chunk {entry.chunk} begins: only "
         f"the second is shown. A prompt lasts whole chunks of {lasts:g} s; leave more time between scenes."
     )
+
+
+def _chunk_seconds(geometry: VideoGeometry) -> float:
+    """Return how long a chunk lasts, the first one excepted."""
+    return geometry.chunk * TEMPORAL_STRIDE / geometry.fps
 
 
 def _different(entries: Sequence[Entry]) -> tuple[Entry, ...]:

@@ -234,6 +234,14 @@ def test_a_blend_that_is_cut_short_goes_on_from_where_it_was():
     assert torch.equal(voice.text(7), C)
 
 
+def test_any_number_of_blends_can_be_cut_short():
+    """Each goes half the way to its prompt."""
+    cues = [cue(0, A), *(cue(chunk, B, "blend:2") for chunk in range(1, 1500))]
+    voice = Voice(tiny.student(), cues, device="cpu")
+    torch.testing.assert_close(voice.text(3), (A + 7 * B) / 8)
+    torch.testing.assert_close(voice.text(1498), B)
+
+
 def test_a_blend_keeps_the_memory():
     whole = made(sampler(), [cue(0, A), cue(3, B, "blend:2")])
     bound = [tiny.student().bind(text) for text in (A, (A + B) / 2, B)]

@@ -1,6 +1,7 @@
 """A steady clip is quiet, and each fault put into one is the fault that stands out."""
 
 import math
+import sys
 from dataclasses import astuple
 from functools import cache
 
@@ -172,6 +173,15 @@ def test_thumbnails_of_an_hour_stay_small_and_an_older_one_is_forgotten():
     assert Repetition(16)._most == 3600 * 4
 
 
+def test_colours_beyond_the_range_repeat_as_any_others():
+    """Pictures of other nodes may go beyond [0, 1]; what is remembered of them must not wrap around."""
+    memory, wide = Repetition(16), torch.rand(64, 3, THUMBNAIL, THUMBNAIL)
+    wide[:, :, : THUMBNAIL // 2] *= 4
+    far = [memory.add(thumbnails(part)) for part in torch.cat((wide, wide)).split(16)]
+    assert far[4][1] == 64
+    assert far[4][0] > 0.5
+
+
 @pytest.mark.parametrize(("fps", "lengths"), [(16, [16, 16, 8]), (29.97, [30, 10]), (12.5, [13, 12, 13, 2])])
 def test_frames_are_dealt_out_to_seconds_at_any_rate(fps, lengths):
     _, seconds = measured(torch.rand(40, 3, 16, 16), fps=fps)
@@ -197,7 +207,7 @@ def test_seams_are_not_looked_for_where_there_are_no_chunks():
 
 
 def test_without_opencv_motion_is_measured_by_gradients(monkeypatch):
-    monkeypatch.setattr(motion, "_dense_search", lambda: None)
+    monkeypatch.setitem(sys.modules, "cv2", None)
     meter, seconds = measured(clips.demo(48))
     assert "install opencv-python-headless" in meter.motion_by
     moving = seconds[1].motion
@@ -206,12 +216,20 @@ def test_without_opencv_motion_is_measured_by_gradients(monkeypatch):
     assert faults(clips.freeze(clips.demo(160)))[0].name == "freeze"
 
 
+def test_pictures_too_small_for_the_search_do_not_ask_for_opencv():
+    meter, seconds = measured(torch.rand(20, 3, 16, 16))
+    assert meter.motion_by == motion.SMALL
+    assert "install" not in meter.motion_by
+    assert seconds[0].motion > 0
+
+
 def test_motion_is_in_shorter_sides_per_second():
     """A picture that moves as a whole, by one pixel of 64 per frame."""
     pattern = torch.nn.functional.interpolate(torch.rand(1, 3, 16, 64), size=(64, 256), mode="bicubic")
     clip = torch.cat([pattern[..., shift : shift + 96] for shift in range(64)]).clamp(0, 1)
+    pytest.importorskip("cv2")
     meter, seconds = measured(clip)
-    assert meter.motion_by == (motion.FLOW if pytest.importorskip("cv2") else None)
+    assert meter.motion_by == motion.FLOW
     assert seconds[2].motion == pytest.approx(16 / 64, rel=0.2)
 
 

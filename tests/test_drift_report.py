@@ -19,6 +19,7 @@ from PIL import Image
 from sfpp_core import cli, drift_plot
 from sfpp_core.drift import DriftMeter, Second
 from sfpp_core.drift_report import NAMES, DriftWatch, ReportFiles, report_of, watched
+from sfpp_core.encoder import find_ffmpeg
 from sfpp_core.errors import OutputError, PictureError
 from sfpp_core.footage import open_footage
 from sfpp_core.recording import Recording, record
@@ -79,6 +80,10 @@ def test_the_text_says_what_counts_and_if_nothing_does_says_that(dark):
     (_, quiet) = reported(clips.demo(100)).lines()
     assert quiet.startswith("no fault: every score is below 1; nearest is ")
     assert "too short to judge drift: that takes 5 s." in reported(clips.demo(30)).lines()
+    assert reported(dark[:1]).lines()[1:] == [
+        "too short to judge drift: that takes 5 s.",
+        "nothing could be judged.",
+    ]
 
 
 def test_a_folder_gets_all_three_files_and_a_name_just_one(tmp_path, dark):
@@ -130,6 +135,8 @@ def test_files_that_cannot_be_written_are_refused_before_anything_is_measured(tm
         ReportFiles(json=tmp_path).check()
     with pytest.raises(OutputError, match=r"must end in one of \.png"):
         ReportFiles(plot=tmp_path / "a.doc").check()
+    with pytest.raises(OutputError, match="named for two parts of the report; name a file for each"):
+        ReportFiles(csv=tmp_path / "a.csv", json=tmp_path / "x/../a.csv").check()
 
 
 # --- reading ----------------------------------------------------------------------------------------------
@@ -154,6 +161,34 @@ def test_pictures_are_read_in_order(tmp_path):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a200.png")
     with pytest.raises(PictureError, match=r"a200\.png is 8x8 and the first picture 24x16"):
         list(open_footage(tmp_path).pieces())
+
+
+def test_pictures_of_two_videos_in_a_folder_are_refused_unless_a_pattern_tells_them_apart(tmp_path):
+    for name in ("a1.png", "a2.png", "b1.png"):
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / name)
+    with pytest.raises(PictureError, match=r"a1\.png and b1\.png are both picture 1; keep the"):
+        open_footage(tmp_path)
+    assert open_footage(tmp_path / "a%06d.png").announced == 2
+
+
+def test_a_percent_sign_in_the_name_of_a_video_is_no_pattern(video, tmp_path):
+    path = tmp_path / "50%_darker.mp4"
+    path.write_bytes(video.read_bytes())
+    assert open_footage(path).announced == 100
+
+
+def test_a_video_that_states_the_ticks_of_a_clock_is_read_at_the_rate_that_is_asked_for(
+    video, tmp_path, caplog
+):
+    """As browsers record: "1k fps"."""
+    path = tmp_path / "recorded.mkv"
+    command = [find_ffmpeg(), "-loglevel", "error", "-r", "1000", "-i", str(video), "-frames:v", "40"]
+    subprocess.run([*command, "-r", "1000", "-pix_fmt", "yuv420p", str(path)], check=True)
+    footage = open_footage(path, picture_fps=20)
+    assert footage.fps == 20
+    assert "recorded.mkv does not state its frame rate; 20 frames per second are assumed" in caplog.text
+    assert cli.main(["report", str(path), "--quiet", "--json", str(tmp_path / "a.json")]) == 0
+    assert json.loads((tmp_path / "a.json").read_text())["frames"] == 40
 
 
 def test_what_is_no_video_is_refused(tmp_path):
@@ -197,6 +232,13 @@ def test_the_command_refuses_in_one_line(video, tmp_path, capsys):
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 3
     assert all(line.startswith("error: ") for line in said)
+
+
+def test_the_command_does_not_write_over_the_video(video, tmp_path, capsys):
+    before = video.read_bytes()
+    assert cli.main(["report", str(video), "--json", str(video.parent / "." / video.name)]) == 2
+    assert "the report would replace the video" in capsys.readouterr().err
+    assert video.read_bytes() == before
 
 
 def test_a_video_cut_short_is_measured_up_to_the_cut(video, tmp_path, capsys):
@@ -270,6 +312,21 @@ def test_trouble_with_the_report_never_costs_the_video(tmp_path, dark, caplog):
     assert late.finish() is None
     assert "the drift report could not be written" in caplog.text
     assert DriftWatch(ReportFiles(), fps=16).finish() is None
+
+
+def test_any_trouble_with_the_plot_is_a_warning_and_leaves_nothing_half_written(
+    tmp_path, dark, monkeypatch, caplog
+):
+    def broken(report, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("no font")
+
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(drift_plot, "save_plot", broken)
+    with watched(tmp_path, fps=16) as observe:
+        observe(dark[:20])
+    assert "the drift report could not be written: no font" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["drift.csv", "drift.json"]
 
 
 # --- the node ---------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The Prompt Schedule node: what it hands on, and what the Long Sampler makes of it."""
 
 from contextlib import closing
+from dataclasses import replace
 
 import pack
 import pytest
@@ -84,11 +85,18 @@ def test_a_node_between_schedule_and_sampler_is_refused(clip):
 def test_the_node_says_when_scenes_begin_and_what_is_not_shown():
     video = geometry.VideoGeometry(height=32, width=32, frames=160)
     one = table_of(script.read_script("a"), video)
-    assert sampling.scene_remarks(one) == []
+    plain = pack.module("sfpp_core.config").RolloutSettings()
+    assert sampling.scene_remarks(one, plain) == []
     several = table_of(script.read_script("a [5s] | b [5s] | a"), video)
-    late, facts = sampling.scene_remarks(several)
+    late, facts = sampling.scene_remarks(several, plain)
     assert late == "scene 3 ('a') begins at 10 s and the video ends at 10 s: it is not shown."
     assert facts == "2 scenes, at 0.0 s, 5.1 s"
+    kept = table_of(script.read_script("a | b [cut+sink]"), video)
+    said, _ = sampling.scene_remarks(kept, plain)
+    assert said == (
+        "scene 2 ('b'): cut+sink is a plain cut here, for there is no sink; set one, or write cut."
+    )
+    assert len(sampling.scene_remarks(kept, replace(plain, sink=3))) == 1
 
 
 def test_a_video_of_several_scenes_is_stopped_and_goes_on():

@@ -283,6 +283,7 @@ def test_the_table_says_when_each_scene_is_shown():
         ("[0s-3s: a] [5s: b]", ["a", "b"], "nothing is said of 3 s to 5 s; the scene before goes on"),
         ("[0s cut: a] [5s: b]", ["a", "b"], "cut at the first scene does nothing: no scene comes before it"),
         ("a [5s#] | b", ["a", "b"], "cut at the first scene does nothing"),
+        ('[{"prompt": "a", "switch": "cut"}, {"prompt": "b"}]', ["a", "b"], "cut at the first scene does"),
     ],
 )  # fmt: skip
 def test_what_is_not_shown_as_written_is_warned_of(text, prompts, warning):

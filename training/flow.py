@@ -8,18 +8,15 @@ Legend: F frames, H and W pixels.
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sfpp_core.errors import SFPPError
+from sfpp_core.motion import LEAST_SIDE, dense_search, grey_bytes
 
 Speeds = Callable[[Tensor], Tensor]
 """Returns the mean length of the flow from each frame to the next, ``(F - 1,)``, of ``(F, 3, H, W)``."""
-
-LEAST_SIDE = 32
-"""Least side in pixels, wrapping included, on which the search still finds anything."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +38,12 @@ class DenseSearch:
         Raises:
             SFPPError: OpenCV is missing, or the frames are too small to search.
         """
-        search = opencv()
-        finder = search.DISOpticalFlow_create(search.DISOPTICAL_FLOW_PRESET_FAST)
-        pictures = [picture.numpy() for picture in self._grey(video)]
+        finder = dense_search()
+        if finder is None:
+            raise SFPPError(
+                "optical flow needs OpenCV, which is not installed; run `pip install opencv-python-headless`."
+            )
+        pictures = grey_bytes(self._grey(video))
         inner = slice(self.wrap, -self.wrap or None)
         speeds = []
         for before, after in itertools.pairwise(pictures):
@@ -52,7 +52,7 @@ class DenseSearch:
         return torch.stack(speeds) if speeds else torch.zeros(0)
 
     def _grey(self, video: Tensor) -> Tensor:
-        """Return the frames as OpenCV wants them: grey, ``(F, H, W)``, one byte per pixel."""
+        """Return the frames as they are searched: grey, ``(F, H, W)``, on the CPU."""
         red, green, blue = video.detach().float().cpu().unbind(1)
         grey = (0.299 * red + 0.587 * green + 0.114 * blue)[:, None]
         shrink = self.short_side / min(grey.shape[-2:])
@@ -67,20 +67,4 @@ class DenseSearch:
                 f"{grey.shape[-2]}x{grey.shape[-1]}; both sides must be at least {LEAST_SIDE}: use larger "
                 "frames or a larger short_side."
             )
-        return (grey[:, 0].clamp(0, 1) * 255).round().byte()
-
-
-def opencv() -> Any:
-    """Return OpenCV, set to as many threads as torch.
-
-    Raises:
-        SFPPError: It is not installed.
-    """
-    try:
-        import cv2
-    except ImportError as error:
-        raise SFPPError(
-            "optical flow needs OpenCV, which is not installed; run `pip install opencv-python-headless`."
-        ) from error
-    cv2.setNumThreads(torch.get_num_threads())
-    return cv2
+        return grey[:, 0]
