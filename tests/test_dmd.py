@@ -19,6 +19,7 @@ from training import train_dmd
 from training.config import ConfigError, load
 from training.first_latent import as_clips
 from training.losses import guide
+from training.matching import Shown
 from training.parallel import Pieces
 from training.scores import CausalScores, Levels, Noised, WholeScores
 from training.segments import Rolled
@@ -301,6 +302,28 @@ def test_the_segment_is_a_function_of_seed_and_piece(runs, tmp_path):
     assert (one.clean - other.clean).abs().max() > 0.01
 
 
+def test_the_overall_weights_reach_both_losses(runs, tmp_path):
+    """Chunk by chunk: causal scores judge each at a sigma of its own."""
+    plain, more = (
+        load_roles(settings_of(runs, tmp_path, *changed), autoencoder(), torch.device("cpu"))
+        for changed in ([], ["overall=3", "critic_overall=3"])
+    )
+    for parameter in plain.critic.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    more.critic.load_state_dict(plain.critic.state_dict())
+    clean = torch.randn(2, 16, 6, 8, 8, requires_grad=True)
+    shown = Shown(clean=clean, mask=None, captions=["a red circle moves up fast"] * 2)
+    grads, critics = [], []
+    for roles in (plain, more):
+        loss = roles.student_loss(shown, torch.Generator().manual_seed(1))
+        grads.append(torch.autograd.grad(loss, clean)[0].unflatten(2, (2, 3)))
+        critics.append(roles.critic_loss(shown.detached(), torch.Generator().manual_seed(1)).item())
+    common = grads[0].mean((3, 4, 5), keepdim=True)
+    assert common.abs().max() > 1e-7
+    torch.testing.assert_close(grads[1], grads[0] + 3 * common)
+    assert critics[1] > critics[0]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -310,6 +333,11 @@ def test_the_segment_is_a_function_of_seed_and_piece(runs, tmp_path):
         ("horizon=20", "horizon is 20; it must be a multiple of the chunk"),
         ("horizon=3", "horizon is 3, shorter than the segment, 6"),
         ("clips=[4]", "clips is \\[4\\]; 4 must be a multiple of the chunk, 3, and go into the segment, 6"),
+        ("clips=[0]", "clips is \\[0\\]; 0 must be a multiple of the chunk, 3"),
+        ("clips=[-3]", "clips is \\[-3\\]; -3 must be a multiple of the chunk, 3"),
+        ("masked=3", "masked is 3; it must be 0 or more and below the shortest clip, 3"),
+        ("overall=-1", "overall is -1.0; it must be 0 or more"),
+        ("critic_overall=-0.5", "critic_overall is -0.5; it must be 0 or more"),
         ("overlap=6", "overlap is 6; it must be below the segment, 6"),
         ("beta=[1]", "beta is \\[1\\]; it must be two numbers above 0"),
     ],
