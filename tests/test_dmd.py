@@ -25,7 +25,7 @@ from training.scores import CausalScores, Levels, Noised, WholeScores
 from training.segments import Rolled
 from training.streaming import Stream, StreamLaw
 from training.teacher import DemoModel
-from training.train_dmd import DmdSettings, Rollouts, load_roles, main
+from training.train_dmd import DmdSettings, Rollouts, load_roles, main, park
 
 CONFIGS = Path(__file__).parent.parent / "training" / "configs"
 LEVELS = Levels(shift=5.0, least=0.43, largest=0.98)
@@ -233,7 +233,14 @@ def test_a_stream_goes_on_after_a_kill_as_if_nothing_had_happened(tmp_path):
         torch.testing.assert_close(rolled.before, expected.before, rtol=0, atol=0)
 
 
-SMALL = StudentConfig(dim=32, ffn_dim=32, heads=2, layers=1, text_dim=8, text_length=16)
+@torch.no_grad()
+def test_a_stream_that_is_parked_between_its_turns_is_the_same_video():
+    whole, stream = stream_segments(Stream(LAW, SHAPE), 3), Stream(LAW, SHAPE)
+    for turn, expected in enumerate(whole):
+        (rolled,) = stream_segments(stream, 1, first=turn)
+        torch.testing.assert_close(rolled.clean, expected.clean, rtol=0, atol=0)
+        assert rolled.old == expected.old
+        park(stream)
 
 
 @pytest.fixture(scope="module")
@@ -338,10 +345,12 @@ def test_the_overall_weights_reach_both_losses(runs, tmp_path):
         ("masked=3", "masked is 3; it must be 0 or more and below the shortest clip, 3"),
         ("overall=-1", "overall is -1.0; it must be 0 or more"),
         ("critic_overall=-0.5", "critic_overall is -0.5; it must be 0 or more"),
+        ("opening=-1", "opening is -1.0; it must be 0 or more"),
+        (["scores=bidirectional", "opening=2"], "opening is 2.0, and bidirectional scores judge a segment"),
         ("overlap=6", "overlap is 6; it must be below the segment, 6"),
         ("beta=[1]", "beta is \\[1\\]; it must be two numbers above 0"),
     ],
 )
 def test_impossible_settings_are_refused(runs, tmp_path, override, message):
     with pytest.raises(ConfigError, match=message):
-        settings_of(runs, tmp_path, override)
+        settings_of(runs, tmp_path, *([override] if isinstance(override, str) else override))

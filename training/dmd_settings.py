@@ -167,16 +167,20 @@ class DmdSettings:
                 )
 
     def _check_weights(self) -> None:
-        """Refuse a loss that leaves nothing of a clip, and weights below 0."""
+        """Refuse a loss that leaves nothing of a clip, weights below 0, and one that nobody asks for."""
         shortest = min(self.clips, default=self.segment)
         if self.first_latent != "keep" and not 0 <= self.masked < shortest:
             raise ConfigError(
                 f"masked is {self.masked}; it must be 0 or more and below the shortest clip, {shortest}, of "
                 "which nothing would count, e.g. 1."
             )
-        for name in ("overall", "critic_overall"):
+        for name in ("opening", "overall", "critic_overall"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        if self.scores != "causal" and self.opening != 1:
+            raise ConfigError(
+                f"opening is {self.opening}, and bidirectional scores judge a segment as a whole; leave it 1."
+            )
 
     def _check_video(self) -> None:
         """Refuse what Wan or the demo cannot do."""
