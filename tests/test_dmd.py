@@ -19,12 +19,13 @@ from training import train_dmd
 from training.config import ConfigError, load
 from training.first_latent import as_clips
 from training.losses import guide
+from training.matching import Shown
 from training.parallel import Pieces
 from training.scores import CausalScores, Levels, Noised, WholeScores
 from training.segments import Rolled
 from training.streaming import Stream, StreamLaw
 from training.teacher import DemoModel
-from training.train_dmd import DmdSettings, Rollouts, load_roles, main
+from training.train_dmd import DmdSettings, Rollouts, load_roles, main, park
 
 CONFIGS = Path(__file__).parent.parent / "training" / "configs"
 LEVELS = Levels(shift=5.0, least=0.43, largest=0.98)
@@ -232,7 +233,14 @@ def test_a_stream_goes_on_after_a_kill_as_if_nothing_had_happened(tmp_path):
         torch.testing.assert_close(rolled.before, expected.before, rtol=0, atol=0)
 
 
-SMALL = StudentConfig(dim=32, ffn_dim=32, heads=2, layers=1, text_dim=8, text_length=16)
+@torch.no_grad()
+def test_a_stream_that_is_parked_between_its_turns_is_the_same_video():
+    whole, stream = stream_segments(Stream(LAW, SHAPE), 3), Stream(LAW, SHAPE)
+    for turn, expected in enumerate(whole):
+        (rolled,) = stream_segments(stream, 1, first=turn)
+        torch.testing.assert_close(rolled.clean, expected.clean, rtol=0, atol=0)
+        assert rolled.old == expected.old
+        park(stream)
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +309,28 @@ def test_the_segment_is_a_function_of_seed_and_piece(runs, tmp_path):
     assert (one.clean - other.clean).abs().max() > 0.01
 
 
+def test_the_overall_weights_reach_both_losses(runs, tmp_path):
+    """Chunk by chunk: causal scores judge each at a sigma of its own."""
+    plain, more = (
+        load_roles(settings_of(runs, tmp_path, *changed), autoencoder(), torch.device("cpu"))
+        for changed in ([], ["overall=3", "critic_overall=3"])
+    )
+    for parameter in plain.critic.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    more.critic.load_state_dict(plain.critic.state_dict())
+    clean = torch.randn(2, 16, 6, 8, 8, requires_grad=True)
+    shown = Shown(clean=clean, mask=None, captions=["a red circle moves up fast"] * 2)
+    grads, critics = [], []
+    for roles in (plain, more):
+        loss = roles.student_loss(shown, torch.Generator().manual_seed(1))
+        grads.append(torch.autograd.grad(loss, clean)[0].unflatten(2, (2, 3)))
+        critics.append(roles.critic_loss(shown.detached(), torch.Generator().manual_seed(1)).item())
+    common = grads[0].mean((3, 4, 5), keepdim=True)
+    assert common.abs().max() > 1e-7
+    torch.testing.assert_close(grads[1], grads[0] + 3 * common)
+    assert critics[1] > critics[0]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -310,10 +340,17 @@ def test_the_segment_is_a_function_of_seed_and_piece(runs, tmp_path):
         ("horizon=20", "horizon is 20; it must be a multiple of the chunk"),
         ("horizon=3", "horizon is 3, shorter than the segment, 6"),
         ("clips=[4]", "clips is \\[4\\]; 4 must be a multiple of the chunk, 3, and go into the segment, 6"),
+        ("clips=[0]", "clips is \\[0\\]; 0 must be a multiple of the chunk, 3"),
+        ("clips=[-3]", "clips is \\[-3\\]; -3 must be a multiple of the chunk, 3"),
+        ("masked=3", "masked is 3; it must be 0 or more and below the shortest clip, 3"),
+        ("overall=-1", "overall is -1.0; it must be 0 or more"),
+        ("critic_overall=-0.5", "critic_overall is -0.5; it must be 0 or more"),
+        ("opening=-1", "opening is -1.0; it must be 0 or more"),
+        (["scores=bidirectional", "opening=2"], "opening is 2.0, and bidirectional scores judge a segment"),
         ("overlap=6", "overlap is 6; it must be below the segment, 6"),
         ("beta=[1]", "beta is \\[1\\]; it must be two numbers above 0"),
     ],
 )
 def test_impossible_settings_are_refused(runs, tmp_path, override, message):
     with pytest.raises(ConfigError, match=message):
-        settings_of(runs, tmp_path, override)
+        settings_of(runs, tmp_path, *([override] if isinstance(override, str) else override))

@@ -134,6 +134,15 @@ def test_the_divergence_from_the_start_is_0_there_and_grows(settings):
     assert all(parameter.grad is None for parameter in learner.policy.reference.parameters())
 
 
+def test_a_copy_of_the_start_shares_what_adapters_leave_alone(settings):
+    adapters = ["optimiser.lora.rank=4", "kl=0.1", "optimiser.lr=0.01", "optimiser.warmup=1"]
+    learner = Learner(settings(*adapters), torch.device("cpu"))
+    kept = {id(parameter) for parameter in learner.policy.reference.parameters()}
+    assert kept < {id(parameter) for parameter in learner.policy.model.parameters()}
+    assert learner.step(0)["kl"] == 0
+    assert learner.step(1)["kl"] > 0
+
+
 def test_the_reward_rises(settings):
     """Brighter videos are made likelier, and so the averaged student makes brighter ones."""
     wanted = ["loop.iterations=12", "optimiser.lr=0.003", "optimiser.ema=0.5", "group=8", "latent_frames=3"]

@@ -42,6 +42,16 @@ def test_a_short_and_a_long_video_are_written_and_the_long_one_drifts_more(tmp_p
     assert numbers["3.5s/luma_drift"] == pytest.approx(0.3 * 40 / 63, abs=0.01)
 
 
+def test_lengths_are_those_of_a_video_of_another_speed(tmp_path):
+    """Wan 2.2 makes 24 frames a second."""
+    videos = (fading(6, to=0.9)[None] * 255).byte()  # 96 frames: 4 s of it
+    numbers = keep_samples(videos, ["one"], tmp_path / "s.png", seconds=[1, 4], fps=24)
+    info = video_info(tmp_path / "s_1s.mp4")
+    assert (info.frames, info.fps) == (24, 24)
+    assert video_info(tmp_path / "s_4s.mp4").frames == 96
+    assert numbers["4s/luma_drift"] == pytest.approx(0.4 * 72 / 95, abs=0.01)
+
+
 def test_a_student_is_rolled_out_once_for_all_lengths_and_measured_by_its_world(tmp_path):
     model = DemoModel(StudentConfig(dim=128, ffn_dim=32, heads=1, layers=1, text_dim=8, text_length=16))
     decoder = TinyAutoencoder(AutoencoderConfig(coarse=16, fine=16, mask=8, units=1))

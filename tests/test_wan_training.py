@@ -143,7 +143,7 @@ def test_adapters_on_shared_weights_are_streamed_resumed_and_exported_for_core(w
 
 
 def test_a_critic_of_adapters_shares_its_weights_with_the_teacher_and_leaves_them_alone(wan, tmp_path):
-    changed = ["loop.iterations=1", "horizon=6"]
+    changed = ["loop.iterations=1", "horizon=6", "critic.lr=1.0"]
     settings = load(
         train_dmd.DmdSettings,
         [str(CONFIGS / "wan_1_3b_lora_24gb.toml"), *small(wan, tmp_path, *changed)],
@@ -152,11 +152,15 @@ def test_a_critic_of_adapters_shares_its_weights_with_the_teacher_and_leaves_the
     texts = settings.video.open_texts(dry_run=False)
     _, teacher, critic = train_dmd.load_models(settings, texts, torch.device("cpu"))
     noisy, sigma = torch.randn(1, 16, 3, 4, 6), torch.full((1, 1), 0.5)
-    before = teacher.bind(["a red ball"]).whole(noisy, sigma)
+    before, same = (model.bind(["a red ball"]).whole(noisy, sigma) for model in (teacher, critic))
+    torch.testing.assert_close(same, before, rtol=0, atol=0)
     trained = Trained(critic, settings.critic, updates=1)
     with torch.autocast("cpu", torch.bfloat16):
         loss = trained.module.bind(["a red ball"]).whole(noisy, sigma).square().mean()
     trained.update(loss, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        moved = trained.module.bind(["a red ball"]).whole(noisy, sigma)
+    assert (moved - before).abs().max() > 0.1
     assert {id(p) for p in teacher.parameters()} < {id(p) for p in trained.module.parameters()}
     torch.testing.assert_close(teacher.bind(["a red ball"]).whole(noisy, sigma), before, rtol=0, atol=0)
 

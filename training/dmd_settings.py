@@ -16,7 +16,7 @@ class DmdSettings:
     """Settings of the distribution-matching stage."""
 
     SMOKE: ClassVar = (
-        "batch=2", "warmup=1", "every=2", "segment=6", "clips=[6, 3]", "horizon=9",
+        "batch=2", "warmup=1", "every=2", "segment=6", "clips=[6, 3]", "horizon=9", "masked=1",
         "loop.sample_seconds=[1, 2]",
     )  # fmt: skip
 
@@ -54,17 +54,19 @@ class DmdSettings:
     """Latent frames the teacher scores: its own horizon."""
 
     clips: tuple[int, ...] = ()
-    """Latent frames of the clips a segment is cut into for the teacher, one of these in each iteration; empty
-    is the whole segment. A causal teacher judges only the first chunk of a clip without a past: in short
-    clips it tells more chunks' exposure."""
+    """Latent frames of the clips a segment is cut into for the teacher, one of these drawn for each batch;
+    empty is the whole segment. A causal teacher judges only the first chunk of a clip without a past: in
+    short clips it tells more chunks' exposure."""
 
     overall: float = 0.0
-    """Extra weight, in the student's gradient, of what a clip's score difference has in common over place and
-    time: exposure and tint, a few numbers among thousands. 0 is the method as published."""
+    """Extra weight, in the student's gradient, of what the score difference has in common over place and
+    time, in a clip, or in each chunk of one for causal scores: exposure and tint, a few numbers among
+    thousands. 0 is the method as published."""
 
     critic_overall: float = 0.0
-    """Extra weight, in the critic's loss, of the error of a clip's mean over place and time. It has the same
-    minimum as the loss itself, and lets the critic know the student's exposures sooner."""
+    """Extra weight, in the critic's loss, of the error of the mean over place and time, of the same clips or
+    chunks. It has the same minimum as the loss itself, and lets the critic know the student's exposures
+    sooner."""
 
     streaming: bool = False
     """Go on with one rollout from update to update, instead of beginning another in each."""
@@ -91,7 +93,8 @@ class DmdSettings:
     ``mask`` its loss, or ``reencode`` the frame as a picture and mask."""
 
     masked: int = 3
-    """Latent frames at the start of such a segment that have no loss, unless they are kept."""
+    """Latent frames at the start of such a segment, or of each such clip of it, that have no loss, unless
+    they are kept."""
 
     batch: int = 16
     """Rollouts per update."""
@@ -142,6 +145,7 @@ class DmdSettings:
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(known)}.")
         self._check_lengths()
+        self._check_weights()
         self._check_video()
         if len(self.beta) != 2 or min(self.beta) <= 0:
             raise ConfigError(f"beta is {list(self.beta)}; it must be two numbers above 0, e.g. [1, 1].")
@@ -156,11 +160,27 @@ class DmdSettings:
         if not 0 <= self.overlap < self.segment:
             raise ConfigError(f"overlap is {self.overlap}; it must be below the segment, {self.segment}.")
         for clip in self.clips:
-            if clip % self.rollout.chunk or self.segment % clip:
+            if clip < 1 or clip % self.rollout.chunk or self.segment % clip:
                 raise ConfigError(
                     f"clips is {list(self.clips)}; {clip} must be a multiple of the chunk, "
                     f"{self.rollout.chunk}, and go into the segment, {self.segment}, without a rest."
                 )
+
+    def _check_weights(self) -> None:
+        """Refuse a loss that leaves nothing of a clip, weights below 0, and one that nobody asks for."""
+        shortest = min(self.clips, default=self.segment)
+        if self.first_latent != "keep" and not 0 <= self.masked < shortest:
+            raise ConfigError(
+                f"masked is {self.masked}; it must be 0 or more and below the shortest clip, {shortest}, of "
+                "which nothing would count, e.g. 1."
+            )
+        for name in ("opening", "overall", "critic_overall"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        if self.scores != "causal" and self.opening != 1:
+            raise ConfigError(
+                f"opening is {self.opening}, and bidirectional scores judge a segment as a whole; leave it 1."
+            )
 
     def _check_video(self) -> None:
         """Refuse what Wan or the demo cannot do."""

@@ -32,7 +32,7 @@ class Journal:
             done: What was logged after this was lost with a kill, and is made again.
             tensorboard: Write for TensorBoard too, if it is installed.
             wandb: Project of Weights & Biases to write to; empty is none.
-            recipe: All settings of the run.
+            recipe: Settings of the run, but for those that may change.
         """
         self._path = out / LOG
         self._board: Any = None

@@ -27,7 +27,17 @@ from training.parallel import Pieces
 from training.state import Saver
 from training.trained import NotFiniteError, OptimiserSettings, Trained
 
-__all__ = ["LoopSettings", "Loss", "OptimiserSettings", "Pieces", "Plan", "Trained", "descend", "run"]
+__all__ = [
+    "LoopSettings",
+    "Loss",
+    "OptimiserSettings",
+    "Pieces",
+    "Plan",
+    "Trained",
+    "descend",
+    "run",
+    "stop_signals",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +231,7 @@ class _Run:
             desc=self._out.name,
             disable=parallel.rank() > 0,
         )
-        with _stop_signals() as stopped, bar:
+        with stop_signals() as stopped, bar:
             for iteration in range(self._start, settings.iterations):
                 with self._watched(iteration):
                     numbers = step(iteration)
@@ -310,8 +320,8 @@ def _kept(table: Mapping[str, str]) -> dict[str, str]:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list, so that the loop stops between two updates."""
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list, so that whoever looks at it stops where it likes."""
     caught: list[int] = []
     old = {
         name: signal.signal(name, lambda number, _: caught.append(number))

@@ -16,7 +16,7 @@ from torch import Tensor
 from sfpp_core.config import RolloutSettings
 from sfpp_core.decoder import StreamingDecoder
 from sfpp_core.errors import OutputError
-from sfpp_core.geometry import FPS, VideoGeometry
+from sfpp_core.geometry import FPS, VideoGeometry, frames_in
 from sfpp_core.sampler import LongSampler
 from sfpp_core.student import CausalStudent
 from sfpp_core.video import open_writer
@@ -73,7 +73,7 @@ def roll_samples(
 
 
 def keep_samples(
-    videos: Tensor, prompts: Sequence[str], path: Path, *, seconds: Sequence[float]
+    videos: Tensor, prompts: Sequence[str], path: Path, *, seconds: Sequence[float], fps: int = FPS
 ) -> dict[str, float]:
     """Write a sheet and a video of each length; return how far the videos have drifted. Any model's will do.
 
@@ -84,6 +84,7 @@ def keep_samples(
         prompts: What each shows.
         path: The sheet, a .png file.
         seconds: Lengths, none above that of ``videos``.
+        fps: Frames per second.
 
     Returns:
         By length, as ``5s/luma_drift``: what ``drift`` measures, as means over the videos.
@@ -92,26 +93,27 @@ def keep_samples(
     sheet([(f"{text} ({max(seconds):g} s)", video) for text, video in rows], path)
     numbers: dict[str, float] = {}
     for length in seconds:
-        cut = videos[:, : round(length * FPS)]
-        _write(cut, path.with_name(f"{path.stem}_{length:g}s.mp4"))
-        drifts = [drift(video.float() / 255) for video in cut]
+        cut = videos[:, : frames_in(length, fps=fps)]
+        _write(cut, path.with_name(f"{path.stem}_{length:g}s.mp4"), fps=fps)
+        drifts = [drift(video.float() / 255, fps=fps) for video in cut]
         numbers |= {
-            f"{length:g}s/{name}": statistics.mean(numbers[name] for numbers in drifts) for name in drifts[0]
+            f"{length:g}s/{name}": statistics.mean(each[name] for each in drifts) for name in drifts[0]
         }
     return numbers
 
 
-def drift(video: Tensor) -> dict[str, float]:
+def drift(video: Tensor, *, fps: int = FPS) -> dict[str, float]:
     """Return how the last second of a video differs from its first, whatever it shows.
 
     Args:
         video: ``(F, 3, H, W)`` in [0, 1].
+        fps: Frames per second.
 
     Returns:
         ``luma_drift`` and ``saturation_drift``, changes of the mean in [0, 1], without their signs; and
         ``clipped``, the share of the last second's pixels that are nearly black or white.
     """
-    second = min(len(video), FPS)
+    second = min(len(video), fps)
     first, last = video[:second], video[-second:]
     luma, luma_last = _luma(first), _luma(last)
     saturation, saturation_last = (part.amax(1) - part.amin(1) for part in (first, last))
@@ -146,13 +148,14 @@ def _world(videos: Tensor, name: str) -> dict[str, float]:
     }
 
 
-def _write(videos: Tensor, path: Path) -> None:
+def _write(videos: Tensor, path: Path, *, fps: int) -> None:
     """Write videos ``(B, F, 3, H, W)`` side by side; a run does not end because a sample cannot be."""
     joined = torch.cat(list(videos), dim=-1)
-    enlarge = 2 if max(joined.shape[-2:]) < 256 else 1
+    height, width = joined.shape[-2:]
+    enlarge = 2 if max(height, width) < 256 else 1
     try:
-        with open_writer(path, width=joined.shape[-1], height=joined.shape[-2], enlarge=enlarge) as writer:
-            for part in joined.split(FPS):
+        with open_writer(path, width=width, height=height, fps=fps, enlarge=enlarge) as writer:
+            for part in joined.split(fps):
                 writer.write(part.float() / 255)
     except OutputError as error:
         logger.warning("no sample video: %s", error)

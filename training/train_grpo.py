@@ -115,7 +115,10 @@ class Policy:
         self.settings, self.device, self.dtype = settings, device, DTYPES[settings.dtype]
         self.texts = settings.video.open_texts(dry_run=settings.loop.dry_run)
         self.model = starting_model(settings, self.texts, device).requires_grad_(True)
-        self.reference = copy.deepcopy(self.model).requires_grad_(False) if settings.kl else None
+        # What adapters are trained for never moves, so the copy shares it.
+        shared = {id(weight): weight for weight in self.model.parameters()}
+        memo = shared if settings.optimiser.lora.rank else {}
+        self.reference = copy.deepcopy(self.model, memo).requires_grad_(False) if settings.kl else None
         self.chunks = settings.latent_frames // settings.rollout.chunk
         frames = VideoGeometry.frames_of(settings.latent_frames)
         chunk = settings.rollout.chunk

@@ -122,7 +122,8 @@ def roll_wan_samples(
         logger.info("no samples: autoencoder is empty, or video.sample_prompts 0")
         return {}
     device = model.network.head.modulation.device
-    frames = frames_in(max(seconds), fps=space_of(model.config).fps)
+    fps = space_of(model.config).fps
+    frames = frames_in(max(seconds), fps=fps)
     geometry = geometry_of(video, model.config, chunk=settings.chunk, frames=frames)
     prompts, videos = texts.prompts[: video.sample_prompts], []
     for prompt in prompts:
@@ -135,7 +136,8 @@ def roll_wan_samples(
         pictures.reset()
         videos.append(torch.cat([_small(pictures.decode(chunk.to(device))[0]) for chunk in clean])[:frames])
         pictures.reset()
-    return keep_samples(torch.stack(videos), [text[:100] for text in prompts], path, seconds=seconds)
+    labels = [text[:100] for text in prompts]
+    return keep_samples(torch.stack(videos), labels, path, seconds=seconds, fps=fps)
 
 
 def _small(frames: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from training.config import ConfigError
+from training.loop import stop_signals
 from training.measuring import write_json
 from training.reproduction.layout import Stage
 from training.reproduction.stages import Stages
@@ -121,7 +121,7 @@ def run(
         SystemExit: The reproduction was stopped.
     """
     pool = _Pool(stages, wanted, launch)
-    with _signals() as caught:
+    with stop_signals() as caught:
         while pool.busy:
             if caught or pool.failed:
                 pool.stop(kill=len(caught) > 1)
@@ -226,18 +226,3 @@ class _Pool:
                 each.asked = True
                 logger.info("stopping %s", each.stage.name)
                 each.process.terminate()
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list."""
-    caught: list[int] = []
-    old = {
-        name: signal.signal(name, lambda number, _: caught.append(number))
-        for name in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield caught
-    finally:
-        for name, handler in old.items():
-            signal.signal(name, handler)
