@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .arithmetic import fast_products
 from .checkpoint import load_student
-from .compute import decoder_dtype
+from .compute import decoder_dtype, tiles_rest_on
 from .decoder import StreamingDecoder, StreamingEncoder, load_decoder, load_encoder
 from .errors import OutputError
 from .geometry import TEMPORAL_STRIDE
@@ -44,7 +44,7 @@ def load(planned: Plan) -> Loaded:
     Raises:
         CheckpointError: A file is damaged where its header does not show it, e.g. holds weights that are NaN.
     """
-    channels, beginning = planned.decoder.space.channels, planned.beginning
+    beginning = planned.beginning
     embeddings = planned.source.embeddings(planned.device)
     start = None
     if beginning is not None:
@@ -56,14 +56,7 @@ def load(planned: Plan) -> Loaded:
         adapters=planned.adapters,
         choice=planned.request.weights,
     )
-    decoder = load_decoder(
-        planned.decoder_place,
-        device=planned.device,
-        dtype=decoder_dtype(planned.device),
-        channels=channels,
-    )
-    if planned.request.tile is not None:
-        decoder = TiledDecoder(decoder, tile=planned.request.tile, rest_on=planned.tiles_rest_on)
+    decoder = load_planned_decoder(planned, planned.device)
     sampler = LongSampler(
         student=CausalStudent(network, config, attend=planned.attend),
         geometry=planned.geometry,
@@ -74,6 +67,23 @@ def load(planned: Plan) -> Loaded:
         restart=_restart(planned, decoder),
     )
     return Loaded(sampler=sampler, embeddings=embeddings, decoder=decoder, start=start)
+
+
+def load_planned_decoder(planned: Plan, device: torch.device) -> StreamingDecoder:
+    """Load the decoder of a plan onto ``device``, in tiles if it asks for them.
+
+    Raises:
+        CheckpointError: As ``load``.
+    """
+    decoder = load_decoder(
+        planned.decoder_place,
+        device=device,
+        dtype=decoder_dtype(device),
+        channels=planned.decoder.space.channels,
+    )
+    if planned.request.tile is not None:
+        decoder = TiledDecoder(decoder, tile=planned.request.tile, rest_on=tiles_rest_on(device))
+    return decoder
 
 
 def _load_encoder(planned: Plan) -> StreamingEncoder:

@@ -172,7 +172,8 @@ def plan(request: Request) -> Plan:
     if enlarge is None:
         enlarge = automatic_enlargement(geometry.width, geometry.height)
     check_enlargement(enlarge, width=geometry.width, height=geometry.height)
-    _check_output(request.out, geometry, enlarge, request.start)
+    if request.run is None:  # a run finds its own video there
+        _check_output(request.out, geometry, enlarge, request.start)
     device = device_named(request.device)
     dtype = dtype_named(request.dtype, device)
     attend = choose(

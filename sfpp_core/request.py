@@ -81,6 +81,9 @@ class Request:
     storage: StorageKind = "plain"
     """How keys and values are kept."""
 
+    run: Path | None = None
+    """Folder of the run this is to be; ``None`` makes a video alone."""
+
     enlarge: int | None = None
     """Side, in pixels, of the square each pixel becomes."""
 

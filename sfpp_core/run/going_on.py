@@ -1,0 +1,188 @@
+"""A run is gone on with: the past is recalled, further chunks are made and kept, one by one.
+
+Legend: C channels, T latent frames of a chunk, h and w latent cells.
+"""
+
+import logging
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, OutputError
+from ..sampler import LongSampler
+from ..student import CausalStudent
+from ..transfers import fetch
+from .folder import CACHE, Run
+from .kept_cache import KeptCache, find_cache, save_cache
+from .recall import RecallingStudent
+
+Replay = Literal["auto", "all", "window"]
+"""How the past is recalled where no keys were kept: all of it, which is exact and takes a fifth of the time
+it took to make; or of the last chunks alone, which is quick. ``auto`` recalls all of a short past."""
+
+AUTO_WINDOWS = 8
+"""Windows up to which ``auto`` recalls all."""
+
+REPLAYED_WINDOWS = 2
+"""Windows that are remembered again of a longer past: the first of them only so that the second, which the
+next chunk sees, has seen what it should."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recall:
+    """How a past is recalled."""
+
+    how: Literal["cache", "all", "window"]
+
+    exact: bool
+    """Whether what follows is, bit for bit, what an undisturbed run makes."""
+
+    first: int = 0
+    """First chunk that is remembered again, the sink apart."""
+
+    kept: KeptCache | None = None
+    """Keys and values to go on from."""
+
+    @property
+    def in_words(self) -> str:
+        """The same for people."""
+        return {
+            "cache": "exactly, from its kept keys and values",
+            "all": "exactly: its whole past is remembered again",
+            "window": "closely, not bit for bit, from its last chunks (--replay all is exact)",
+        }[self.how]
+
+
+class Made:
+    """A chunk that was just made, on its way to the disk."""
+
+    def __init__(self, clean: Tensor, save: Callable[[Tensor], None]) -> None:
+        """Take the chunk and what saves it, and start to fetch it from its device."""
+        self.clean = clean
+        self._host, self._arrive = fetch(clean)
+        self._save: Callable[[Tensor], None] | None = save
+
+    def keep(self) -> None:
+        """Wait until it is here and save it; harmless if that is done.
+
+        Raises:
+            NumericsError: It holds numbers that are not finite; it is not kept.
+            OutputError: The disk is full, or the folder cannot be written to.
+        """
+        save, self._save = self._save, None
+        if save is not None:
+            self._arrive()
+            save(self._host)
+
+
+def go_on(
+    run: Run,
+    sampler: LongSampler,
+    embeddings: Tensor,
+    *,
+    start: Tensor | None = None,
+    replay: Replay = "auto",
+    keep_cache: int = 0,
+) -> Generator[Made]:
+    """Yield the clean chunks ``(1, C, T, h, w)`` that a run lacks, normalised, on the device of the sampler.
+
+    Each is kept when the next is asked for, and when the iterator is closed; the caller may do so earlier.
+
+    Args:
+        run: What is gone on with.
+        sampler: Of the same size and length; see ``LongSampler``.
+        embeddings: Text embeddings, ``(1, tokens, text_dim)``.
+        start: As for ``LongSampler.chunks``.
+        replay: How the past is recalled where no keys were kept.
+        keep_cache: Keep the keys and values after every so many chunks, and when the iterator is closed; 0
+            never does.
+
+    Raises:
+        CheckpointError: A chunk was damaged since the run was opened.
+        NumericsError: A chunk came out as numbers that are not finite; it is not kept.
+        OutputError: The disk is full, or the folder cannot be written to.
+    """
+    recall = recall_of(run, sampler, replay=replay)
+    if run.kept:
+        replayed = run.kept - recall.first - (0 if recall.kept is None else recall.kept.chunk + 1)
+        run.note_resume(how=recall.how, exact=recall.exact, replayed=max(0, replayed))
+        said = f"went on at chunk {run.kept} of {run.chunks}, {recall.in_words}"
+        run.say(said)
+        logger.log(logging.INFO if recall.exact else logging.WARNING, "%s %s.", run.folder, said)
+    student = RecallingStudent(sampler.student, first=recall.first, kept=recall.kept)
+    sampler = replace(sampler, student=cast(CausalStudent, student))
+    cached = -1 if recall.kept is None else recall.kept.chunk
+    past = _past(run, sampler, recall)
+    try:
+        for chunk, clean in enumerate(sampler.chunks(embeddings, start=start, past=past), start=run.kept):
+            made = Made(clean, partial(run.add, chunk))
+            try:
+                yield made
+            finally:
+                made.keep()
+            if keep_cache and (chunk + 1) % keep_cache == 0:
+                cached = _keep_cache(run, student, cached)
+    finally:
+        if keep_cache:
+            _keep_cache(run, student, cached)
+
+
+def recall_of(run: Run, sampler: LongSampler, *, replay: Replay = "auto") -> Recall:
+    """Return how the past of a run will be recalled."""
+    settings = sampler.settings
+    if settings.overlap:  # a window that starts anew knows nothing of what came before it
+        return Recall(how="all", exact=True)
+    kept = _kept_cache(run)
+    if kept is not None:
+        return Recall(how="cache", exact=True, kept=kept)
+    short = run.kept <= AUTO_WINDOWS * settings.window_chunks
+    first = run.kept + 1 - REPLAYED_WINDOWS * (settings.window_chunks - settings.sink_chunks)
+    if first <= settings.sink_chunks or replay == "all" or (replay == "auto" and short):
+        return Recall(how="all", exact=True)
+    return Recall(how="window", exact=False, first=first)
+
+
+def _kept_cache(run: Run) -> KeptCache | None:
+    """Return the keys and values that a run can go on from."""
+    try:
+        kept = find_cache(run.folder / CACHE)
+    except CheckpointError as error:
+        logger.warning("%s The past is remembered again instead.", error)
+        return None
+    if kept is None or not run.section.chunk <= kept.chunk < run.kept or kept.key != run.key(kept.chunk):
+        return None
+    return kept
+
+
+def _past(run: Run, sampler: LongSampler, recall: Recall) -> list[Tensor]:
+    """Return the chunks of the past; of those that are not looked at, nothing but their place."""
+    settings, nothing = sampler.settings, torch.empty(0)
+    windows = settings.window_chunks * (2 if settings.overlap else 1)
+    if settings.overlap:
+        first = run.kept - windows
+    else:
+        first = (recall.first if recall.kept is None else recall.kept.chunk) - windows
+    needed = range(max(first, 0), run.kept)
+    sinks = max(1, settings.sink_chunks)  # the first is cut into the lead and the rest
+    return [run.chunk(chunk) if chunk in needed or chunk < sinks else nothing for chunk in range(run.kept)]
+
+
+def _keep_cache(run: Run, student: RecallingStudent, cached: int) -> int:
+    """Save the keys and values, if they have changed; return the last chunk they remember."""
+    if student.latest is None:
+        return cached
+    cache, chunk = student.latest
+    if chunk <= cached or chunk >= run.kept:
+        return cached
+    try:
+        save_cache(run.folder / CACHE, cache, chunk=chunk, key=run.key(chunk))
+    except OutputError as error:
+        logger.warning("%s The run goes on without.", error)
+        return cached
+    return chunk
