@@ -115,8 +115,11 @@ def go_on(
         said = f"went on at chunk {run.kept} of {run.chunks}, {recall.in_words}"
         run.say(said)
         logger.log(logging.INFO if recall.exact else logging.WARNING, "%s %s.", run.folder, said)
-    student = RecallingStudent(sampler.student, first=recall.first, kept=recall.kept)
+    student = RecallingStudent(sampler.student, made=lambda: run.kept, first=recall.first, kept=recall.kept)
     sampler = replace(sampler, student=cast(CausalStudent, student))
+    if keep_cache and sampler.settings.overlap:
+        logger.warning("Keys and values are not kept: with an overlap a window starts anew all the same.")
+        keep_cache = 0
     cached = -1 if recall.kept is None else recall.kept.chunk
     past = _past(run, sampler, recall)
     try:
@@ -166,8 +169,10 @@ def _past(run: Run, sampler: LongSampler, recall: Recall) -> list[Tensor]:
     windows = settings.window_chunks * (2 if settings.overlap else 1)
     if settings.overlap:
         first = run.kept - windows
+    elif recall.kept is not None:
+        first = recall.kept.chunk - windows
     else:
-        first = (recall.first if recall.kept is None else recall.kept.chunk) - windows
+        first = recall.first - windows if recall.first else 0
     needed = range(max(first, 0), run.kept)
     sinks = max(1, settings.sink_chunks)  # the first is cut into the lead and the rest
     return [run.chunk(chunk) if chunk in needed or chunk < sinks else nothing for chunk in range(run.kept)]

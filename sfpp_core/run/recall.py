@@ -9,7 +9,9 @@ Legend: B batch, C channels, T latent frames of a chunk, H and W latent height a
 head dim.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -22,21 +24,35 @@ from .kept_cache import KeptCache
 
 
 class RecallingStudent:
-    """Stands for a student in a sampler."""
+    """Stands for a student in a sampler. The past is recalled until the first chunk is denoised."""
 
-    def __init__(self, student: CausalStudent, *, first: int = 0, kept: KeptCache | None = None) -> None:
+    def __init__(
+        self,
+        student: CausalStudent,
+        *,
+        made: Callable[[], int],
+        offset: int = 0,
+        first: int = 0,
+        kept: KeptCache | None = None,
+    ) -> None:
         """Wrap a student.
 
         Args:
             student: What is asked for all that is not recalled.
+            made: Says how many chunks of the video there are.
+            offset: Number of a chunk in the video less its number in the memory of the past.
             first: First chunk of the past that is remembered again, the sink apart; those that follow do not
                 see what came before it.
             kept: Keys and values to go on from, once the chunk they remember last comes by.
         """
         self.student = student
+        self.made = made
+        self.offset = offset
         self.first = first
         self.kept = kept
+        self.recalling = True
         self.latest: tuple[RollingKVCache, int] | None = None
+        """The memory, and the last chunk of the video in it that is closed."""
 
     @property
     def config(self) -> StudentConfig:
@@ -62,27 +78,29 @@ class BoundRecall:
 
     def __call__(self, noisy: Tensor, sigma: float, cache: RollingKVCache) -> Tensor:
         """Return the velocity at ``noisy`` ``(B, C, T, H, W)``, writing its keys to ``cache``."""
+        self._recalling.recalling = False
+        self._recalling.latest = cache, self._recalling.made() - 1
         return self._bound(noisy, sigma, cache)
 
-    def remember(self, clean: Tensor, cache: RollingKVCache) -> None:
+    def remember(self, clean: Tensor, cache: RollingKVCache, *, sigma: float = 0.0) -> None:
         """Write the keys of ``clean`` ``(B, C, T, H, W)``, unless they are recalled or not needed."""
-        recalling, chunk = self._recalling, cache.next
-        if recalling.kept is not None:
-            if chunk == recalling.kept.chunk:
+        recalling = self._recalling
+        if not recalling.recalling:
+            self._bound.remember(clean, cache, sigma=sigma)
+        elif recalling.kept is not None:
+            if cache.next + recalling.offset == recalling.kept.chunk:
                 recalling.kept.restore(cache)
                 recalling.kept = None
-                recalling.latest = cache, chunk
-            return
-        unseen = _unseen(cache, chunk, recalling.first)
-        if chunk in unseen:
-            return
-        self._bound.remember(clean, _Cut(cache, unseen) if unseen else cache)  # type: ignore[arg-type]
-        recalling.latest = cache, chunk
+        else:
+            unseen = _unseen(cache, recalling.first - recalling.offset)
+            if cache.next not in unseen:
+                seen = _Cut(cache, unseen) if unseen else cache
+                self._bound.remember(clean, cast(RollingKVCache, seen), sigma=sigma)
 
 
-def _unseen(cache: RollingKVCache, chunk: int, first: int) -> set[int]:
-    """Return which chunks, of those in sight of ``chunk`` and itself, are not remembered again."""
-    seen = (*cache.shape.past(chunk), chunk)
+def _unseen(cache: RollingKVCache, first: int) -> set[int]:
+    """Return which chunks of a memory, of those the open one sees and itself, are not remembered again."""
+    seen = (*cache.shape.past(cache.next), cache.next)
     return {other for other in seen if cache.shape.sink <= other < first and other != LEAD}
 
 
