@@ -1,4 +1,4 @@
-"""A run on disk: whatever ended it, it goes on to the same video; it grows and branches, and is never mixed."""
+"""A run on disk: whatever ended it, it goes on to the same video; it grows, branches, is never mixed."""
 
 import os
 import signal
@@ -191,7 +191,7 @@ def test_what_was_made_otherwise_is_explained_and_refused(files, whole, tmp_path
         (("--window", "12"), "settings.window was 9 and is 12"),
         (("--width", "64"), "width was 32 and is 64"),
         (("--seconds", "1"), "holds 3 s and 1 s are asked for"),
-        (("--from", "9", "--seed", "1"), "holds 3.0625 s and --from is 9"),
+        (("--from", "9", "--seed", "1"), "holds 3.5625 s and --from is 9"),
         (("--branch", str(tmp_path), "--from", "1"), "is another run already"),
     ):
         refused(capsys, run_words(files, whole, *more), expected)

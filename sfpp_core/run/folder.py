@@ -4,6 +4,7 @@ Legend: C channels, T latent frames of a chunk, h and w latent cells.
 """
 
 import logging
+import shutil
 import time
 from dataclasses import replace
 from itertools import islice
@@ -156,6 +157,7 @@ def open_run(folder: Path, wanted: Wanted) -> Run:
         SettingsError: The run was made otherwise; the message says what differs, and what can be done.
     """
     _check_place(folder)
+    fresh = not folder.exists()
     make_folder(folder)
     lock = RunLock(folder)
     try:
@@ -182,6 +184,8 @@ def open_run(folder: Path, wanted: Wanted) -> Run:
         _clear(run, stale, trouble)
     except BaseException:
         lock.release()
+        if fresh and not is_run(folder):
+            shutil.rmtree(folder, ignore_errors=True)
         raise
     return run
 

@@ -7,6 +7,7 @@ frames that need nothing but what came since the last keyframe (ISO/IEC 14496-12
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import IO
 
@@ -40,6 +41,20 @@ class Fragment:
 
     frames: int
     """Frames in the file up to here, its own included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A run of fragments whose bytes are those that were written."""
+
+    stop: int
+    """Byte of the file after it, its seal included."""
+
+    frames: int
+    """Frames in the file up to here."""
+
+    fragments: int
+    """Fragments in the file up to here."""
 
 
 def boxes(file: IO[bytes], start: int, stop: int) -> Iterator[Box]:
@@ -80,6 +95,45 @@ def fragments(path: Path) -> Iterator[Fragment]:
                 frames += _samples(file.read(index.size))
                 yield Fragment(index.start, box.stop, frames)
                 index = None
+
+
+def seal(digest: bytes) -> bytes:
+    """Return a box that players skip, with the digest of the part before it."""
+    return (8 + len(digest)).to_bytes(4, "big") + b"free" + digest
+
+
+def parts(path: Path) -> Iterator[Part]:
+    """Yield the parts of an MP4 that are whole, up to the first that has no seal or not the right one."""
+    found, start = fragments(path), 0
+    count, frames = 0, 0
+    with path.open("rb") as file:
+        for box in boxes(file, 0, path.stat().st_size):
+            if box.kind != "free":
+                continue
+            file.seek(start)
+            digest = _digest(file, box.start - start)
+            if file.read(box.size) != seal(digest):
+                return
+            for fragment in found:
+                count, frames = count + 1, fragment.frames
+                if fragment.stop == box.start:
+                    break
+            start = box.stop
+            yield Part(stop=box.stop, frames=frames, fragments=count)
+
+
+def _digest(file: IO[bytes], size: int) -> bytes:
+    """Return the digest of the next bytes of a file."""
+    digest = new_digest()
+    while size and (piece := file.read(min(size, 1 << 20))):
+        digest.update(piece)
+        size -= len(piece)
+    return digest.digest()
+
+
+def new_digest() -> "blake2b":
+    """Return what makes the digest of a part."""
+    return blake2b(digest_size=16)
 
 
 def read_box(stream: IO[bytes]) -> tuple[str, bytes]:

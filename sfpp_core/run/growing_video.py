@@ -14,7 +14,17 @@ import numpy as np
 
 from ..encoder import Encoder, find_ffmpeg, last_words
 from ..errors import OutputError
-from .fragments import fragments, head_of, moved, read_box, ticks_per_frame
+from .fragments import (
+    Part,
+    fragments,
+    head_of,
+    moved,
+    new_digest,
+    parts,
+    read_box,
+    seal,
+    ticks_per_frame,
+)
 
 PART_FRAMES = 160
 """Frames of a part, 10 seconds at 16 per second: what is encoded again, at most, when a run goes on."""
@@ -38,7 +48,8 @@ class GrowingVideo:
         self._look = {"width": width, "height": height, "fps": fps, "enlarge": enlarge}
         self._frames = self._first = frames
         self._part: Encoder | None = None
-        self._fragments, self._stop = _end(path, frames)
+        there = _after(path, frames)
+        self._fragments, self._stop = there.fragments, there.stop
 
     def put(self, picture: np.ndarray) -> None:
         """Encode one frame, ``(H, W, 3)`` in bytes."""
@@ -59,6 +70,7 @@ class GrowingVideo:
     def _receive(self, stream: IO[bytes]) -> None:
         """Append one part as it comes, a fragment at a time."""
         first, ticks, index, head = self._first, None, b"", b""
+        digest = new_digest()
         with self.path.open("r+b" if self.path.exists() else "w+b", buffering=0) as file:
             while (found := read_box(stream))[0]:
                 kind, content = found
@@ -69,8 +81,11 @@ class GrowingVideo:
                     self._fragments += 1
                     index = moved(content, number=self._fragments, ticks=first * ticks)
                 elif kind == "mdat":
+                    digest.update(head + index + content)
                     self._stop = _put(file, self._stop, head + index + content)
                     head = b""
+            if self._frames - first == PART_FRAMES:
+                self._stop = _put(file, self._stop, seal(digest.digest()))
             os.fsync(file.fileno())
 
 
@@ -96,16 +111,11 @@ def cut_video(path: Path, *, frames: int, width: int, height: int, fps: float, e
         return 0
     if head_of(path) != head:
         return 0
-    kept, stop = 0, 0
-    for fragment in fragments(path):
-        if fragment.frames > frames:
-            break
-        stop = fragment.stop
-        if fragment.frames % PART_FRAMES == 0:
-            kept = fragment.frames
+    kept = _after(path, frames, exactly=False)
+    right = (fragment.stop for fragment in fragments(path) if fragment.frames <= frames)
     with path.open("r+b") as file:
-        file.truncate(stop)
-    return kept
+        file.truncate(max(kept.stop, *right, 0))
+    return kept.frames
 
 
 def finish_video(path: Path) -> None:
@@ -147,13 +157,14 @@ def _put(file: IO[bytes], place: int, content: bytes) -> int:
     return place + len(content)
 
 
-def _end(path: Path, frames: int) -> tuple[int, int]:
-    """Return how many fragments hold the first ``frames``, and the byte after them."""
-    if frames:
-        for count, fragment in enumerate(fragments(path), start=1):
-            if fragment.frames == frames:
-                return count, fragment.stop
-    return 0, 0
+def _after(path: Path, frames: int, *, exactly: bool = True) -> Part:
+    """Return the last whole part that ends at so many frames, or, not ``exactly``, before; or none."""
+    last = Part(stop=0, frames=0, fragments=0)
+    for part in parts(path) if frames else ():
+        if part.frames % PART_FRAMES or part.frames > frames:
+            break
+        last = part
+    return last if not exactly or last.frames == frames else Part(stop=0, frames=0, fragments=0)
 
 
 def _head(*, width: int, height: int, fps: float, enlarge: int) -> bytes:
@@ -178,10 +189,17 @@ def _take_apart(path: Path, head: bytes) -> bool:
     try:
         _copy_streams(path, loose, *flags)
         with loose.open("rb") as source, whole.open("wb") as target:
+            digest, count = new_digest(), 0
+            digest.update(head)
             target.write(head)
             for fragment in fragments(loose):
                 source.seek(fragment.start)
-                target.write(source.read(fragment.stop - fragment.start))
+                content = source.read(fragment.stop - fragment.start)
+                digest.update(content)
+                target.write(content)
+                if fragment.frames % PART_FRAMES == 0 and fragment.frames > count:
+                    target.write(seal(digest.digest()))
+                    digest, count = new_digest(), fragment.frames
             target.flush()
             os.fsync(target.fileno())
         whole.replace(path)
