@@ -238,6 +238,8 @@ def _warn_of_options_without_effect(
         "--encoder without --start or overlapping windows": request.encoder is not None
         and request.start is None
         and not settings.overlap,
+        "--latents beside --run, which keeps them anyway": request.latents is not None
+        and request.run is not None,
         "--words beside --text-encoder": request.words is not None and request.text_encoder is not None,
         "--tokenizer without --text-encoder": request.tokenizer is not None and request.text_encoder is None,
         "--text-cache without --text-encoder": request.text_cache is not None
