@@ -152,7 +152,7 @@ class _Nothing:
 # --- longer, other, from a second on ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("first", "more"), [("0.5", ("1", "1.5")), ("1.3", ("1.7",)), ("2", ("1",))])
+@pytest.mark.parametrize(("first", "more"), [("0.5", ("1", "1.5")), ("1.3", ("1.7",))])
 def test_an_extended_run_is_the_long_one(files, whole, tmp_path, first, more):
     run = tmp_path / "run"
     assert cli.main(run_words(files, run, seconds=first)) == 0
@@ -162,7 +162,7 @@ def test_an_extended_run_is_the_long_one(files, whole, tmp_path, first, more):
     assert (run / "video.mp4").read_bytes() == (whole / "video.mp4").read_bytes()
 
 
-@pytest.mark.parametrize(("second", "chunk"), [("0", 0), ("1", 1), ("1.5", 2), ("2.1", 3), ("3", 4)])
+@pytest.mark.parametrize(("second", "chunk"), [("0", 0), ("1.5", 2), ("3", 4)])
 def test_a_branch_shares_what_comes_before_and_is_what_a_change_in_place_makes(
     files, whole, tmp_path, second, chunk
 ):

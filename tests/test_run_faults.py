@@ -113,10 +113,10 @@ def test_a_run_killed_and_recalled_from_its_last_windows_is_as_close_as_is_said(
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 3 MB, if this system lets us mount one."""
+    """A disk of 6 MB, if this system lets us mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
     if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("no disk can be mounted here")
     yield folder

@@ -315,9 +315,9 @@ def tiny_file(folder):
 def test_a_decoder_begins_in_the_middle_bit_for_bit(tmp_path, place, chunks):
     choice = place(tmp_path)
     decoder, info = load_decoder(choice), check_decoder(choice)
-    latents = [torch.randn(1, decoder.channels, 3, 2, 2) for _ in range(chunks)]
+    latents = [torch.randn(1, decoder.channels, 3, 1, 2) for _ in range(chunks)]
     decoder.reset()
     whole = [decoder.decode(piece) for piece in latents]
-    for first in (1, 4, chunks - 1):
+    for first in (4, chunks - 1) if chunks < 10 else (chunks - 1,):
         made = decoded_from(decoder, info, latents, first)
         assert all(torch.equal(a, b) for a, b in zip(made, whole[first:], strict=True))
