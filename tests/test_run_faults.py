@@ -54,17 +54,17 @@ def whole(tmp_path_factory):
     return run
 
 
-def kill_until_done(run, *more, seed):
-    """Kill and start a run again and again; return how many kills it took and the frames seen in between."""
+def kill_until_done(run, *more, seed, least=0):
+    """Kill and start a run again and again, with ``least`` chunks first; return the frames seen in between."""
     draw, kills, seen = random.Random(seed), 0, []
     while kills < KILLS:
         process = subprocess.Popen(line(run, *more), cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True)
         try:
             before = len(list((run / "latents").glob("*.safetensors"))) if run.exists() else 0
-            deadline, lingers = time.monotonic() + 120, draw.random() < 0.7
+            deadline, lingers = time.monotonic() + 300, draw.random() < 0.7 or before < least
             while process.poll() is None and time.monotonic() < deadline and lingers:
                 now = len(list((run / "latents").glob("*.safetensors"))) if run.exists() else 0
-                lingers = now <= before
+                lingers = now <= before or now < least
                 time.sleep(0.01)
             time.sleep(draw.uniform(0, 0.6) if lingers is False else draw.uniform(0, 8))
             if process.poll() is not None:
@@ -94,7 +94,7 @@ def test_a_run_killed_at_random_moments_ends_as_the_same_bytes(whole, tmp_path, 
 
 def test_a_run_killed_and_recalled_from_its_last_windows_is_as_close_as_is_said(whole, tmp_path):
     run = tmp_path / "run"
-    kill_until_done(run, "--replay", "window", seed=2)
+    kill_until_done(run, "--replay", "window", seed=2, least=20)
     assert any(not resume["exact"] for resume in manifest(run)["resumes"])
     made, expected = latents(run), latents(whole)
     assert len(made) == len(expected)
