@@ -55,7 +55,7 @@ def whole(tmp_path_factory):
 
 
 def kill_until_done(run, *more, seed, least=0):
-    """Kill and start a run again and again, with ``least`` chunks first; return the frames seen in between."""
+    """Kill and start a run again and again, from ``least`` chunks on; return the frames seen in between."""
     draw, kills, seen = random.Random(seed), 0, []
     while kills < KILLS:
         process = subprocess.Popen(line(run, *more), cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True)
