@@ -3,6 +3,8 @@
 from ._host import ComfyExtension, io
 from .decoding import SFPPDecodeToVideo
 from .loaders import SFPPLoadDemo, SFPPLoadStudent
+from .prompt_schedule import SFPPPromptSchedule
+from .report import SFPPDriftReport
 from .sampling import SFPPCacheSettings, SFPPLongSampler
 
 
@@ -11,4 +13,12 @@ class SFPPExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return every node class of this pack."""
-        return [SFPPLoadStudent, SFPPLoadDemo, SFPPCacheSettings, SFPPLongSampler, SFPPDecodeToVideo]
+        return [
+            SFPPLoadStudent,
+            SFPPLoadDemo,
+            SFPPPromptSchedule,
+            SFPPCacheSettings,
+            SFPPLongSampler,
+            SFPPDecodeToVideo,
+            SFPPDriftReport,
+        ]

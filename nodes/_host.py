@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import comfy.latent_formats
@@ -199,6 +200,11 @@ def own_clip(tokenizer: Callable[..., Any], encoder: Callable[..., Any], weights
     return comfy.sd.CLIP(target, parameters=parameters, state_dict=[weights])
 
 
+def encode_text(clip: Any, text: str) -> Any:
+    """Return the CONDITIONING of a text, as core's own node makes it."""
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
 def own_patcher(module: torch.nn.Module) -> Any:
     """Return ``module`` under core's memory management."""
     management = comfy.model_management
@@ -300,6 +306,31 @@ def video(path: Path) -> Any:
 def player(path: Path, subfolder: str) -> Any:
     """Return what makes the node play a video of the output folder."""
     return ui.PreviewVideo([ui.SavedResult(path.name, subfolder, io.FolderType.output)])
+
+
+@contextmanager
+def video_on_disk(value: Any) -> Iterator[Path]:
+    """Yield a file that holds the host's VIDEO: its own where it has one, else a copy for the while."""
+    # Others make one on request, which 0.8 cannot.
+    source = value.get_stream_source() if isinstance(value, InputImpl.VideoFromFile) else None
+    trimmed = getattr(value, "get_active_trim_window", lambda: (0.0, 0.0))()  # younger than 0.8
+    if isinstance(source, str) and not any(trimmed):
+        yield Path(source)
+        return
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder) as temporary:
+        copy = Path(temporary) / "video.mp4"
+        if source is None or any(trimmed):
+            value.save_to(str(copy))
+        else:
+            copy.write_bytes(source.getvalue())
+        yield copy
+
+
+def picture(path: Path, subfolder: str) -> Any:
+    """Return what makes the node show a picture of the output folder."""
+    return ui.SavedImages([ui.SavedResult(path.name, subfolder, io.FolderType.output)])
 
 
 def seal(path: Path, metadata: dict[str, Any]) -> None:

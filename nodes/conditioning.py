@@ -1,10 +1,16 @@
-"""The host's CONDITIONING as text embeddings."""
+"""The host's CONDITIONING as text embeddings, and as the prompts over time that may be attached to it."""
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..sfpp_core.errors import ConditioningError
+from ..sfpp_core.scenes import Scene, Script
+
+KEY = "sfpp_scenes"
+"""Where a conditioning carries prompts over time."""
 
 UNUSABLE = {
     "area": "an area",
@@ -20,6 +26,34 @@ UNUSABLE = {
     "time_dim_concat": "reference latents",
 }
 """What a conditioning may carry that a text-to-video student cannot follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spoken:
+    """Prompts over time, encoded."""
+
+    script: Script
+
+    embeddings: tuple[Tensor, ...]
+    """Of each scene, ``(1, tokens, text_dim)``."""
+
+
+def spoken_of(conditioning: list[tuple[Tensor, dict[str, Any]]]) -> Spoken:
+    """Return what a conditioning says over time; a plain one is one scene.
+
+    Raises:
+        ConditioningError: As ``embeddings_of``, or another node has changed the first scene.
+    """
+    first = embeddings_of(conditioning)
+    spoken = conditioning[0][1].get(KEY)
+    if spoken is None:
+        return Spoken(Script(scenes=(Scene(prompt=""),)), (first,))
+    if not torch.equal(spoken.embeddings[0], first):
+        raise ConditioningError(
+            "another node has changed the conditioning of Prompt Schedule, which would reach its first scene "
+            "alone; connect Prompt Schedule directly."
+        )
+    return spoken
 
 
 def embeddings_of(conditioning: list[tuple[Tensor, dict[str, Any]]]) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..sfpp_core.attention import Attend, choose
 from ..sfpp_core.cache_shape import StorageKind
 from ..sfpp_core.config import RolloutSettings, StudentConfig
+from ..sfpp_core.cues import Cue
 from ..sfpp_core.errors import CheckpointError, NumericsError
 from ..sfpp_core.geometry import TEMPORAL_STRIDE, VideoGeometry
 from ..sfpp_core.latent_space import LatentSpace
@@ -90,7 +91,7 @@ class Generation:
         model: Any,
         config: StudentConfig,
         *,
-        embeddings: Tensor,
+        text: Tensor | Sequence[Cue],
         geometry: VideoGeometry,
         settings: RolloutSettings,
         seed: int,
@@ -107,7 +108,7 @@ class Generation:
         self.space: LatentSpace = SPACES[config.channels]
         self.storage: StorageKind = storage
         self._finished: list[Tensor] = []
-        self._recipe: tuple[Any, StudentConfig, Tensor] | None = (model, config, embeddings)
+        self._recipe: tuple[Any, StudentConfig, Tensor | Sequence[Cue]] | None = (model, config, text)
 
     @property
     def frames(self) -> int:
@@ -187,7 +188,7 @@ class Generation:
     def _make(self, beside: Sequence[Any], opening: list[Tensor]) -> Generator[Tensor]:
         """Yield the chunks that are missing, normalised, on the CPU, after a start in the host's latents."""
         assert self._recipe is not None
-        model, config, embeddings = self._recipe
+        model, config, text = self._recipe
         models = [model, *beside]
         needed = memory_needed(model, config, self)
         _host.load(models, needed.activations + needed.remembered)
@@ -203,7 +204,7 @@ class Generation:
             if self._finished:
                 _host.say(f"going on after chunk {self.kept} of {self.total_chunks}")
             start, past = self._given(opening)
-            made = sampler.chunks(embeddings, start=start, past=past)
+            made = sampler.chunks(text, start=start, past=past)
             for _ in range(len(self._finished), self._fresh):
                 # Whoever used the last chunk may have pushed the model out; if not, this costs nothing.
                 _host.load(models, needed.activations)

@@ -8,9 +8,10 @@ from ..sfpp_core.cache_shape import StorageKind
 from ..sfpp_core.conditioning import fit_text
 from ..sfpp_core.config import RolloutSettings, StudentConfig
 from ..sfpp_core.geometry import VideoGeometry, frames_in, lead_of
+from ..sfpp_core.timetable import Timetable, timetable
 from . import _host
 from ._host import io
-from .conditioning import embeddings_of
+from .conditioning import spoken_of
 from .generation import Generation, architecture
 from .lazy_latent import SPACES, LazyLatent
 from .memory import memory_needed
@@ -150,7 +151,10 @@ class SFPPLongSampler(io.ComfyNode):
                     tooltip="A text-to-video model of Wan 2.1, or Wan 2.2 of 5B, distilled with "
                     "Self-Forcing; LoRAs included.",
                 ),
-                io.Conditioning.Input("conditioning", tooltip="One prompt, straight from CLIP Text Encode."),
+                io.Conditioning.Input(
+                    "conditioning",
+                    tooltip="One prompt from CLIP Text Encode, or several from Prompt Schedule.",
+                ),
                 io.Int.Input("width", default=832, min=16, max=4096, step=16, tooltip=MULTIPLES),
                 io.Int.Input("height", default=480, min=16, max=4096, step=16, tooltip=MULTIPLES),
                 io.Float.Input(
@@ -211,7 +215,8 @@ class SFPPLongSampler(io.ComfyNode):
         student = settings_of(model)
         settings = student.rollout if cache is None else cache.over(student.rollout)
         config = architecture(model, text_length=student.text_length)
-        embeddings = fit_text(embeddings_of(conditioning), config)
+        spoken = spoken_of(conditioning)
+        embeddings = [fit_text(rows, config) for rows in spoken.embeddings]
         space = SPACES[config.channels]
         opening, frames, lead = None, frames_in(seconds, fps=space.fps), 0
         if start is not None:
@@ -226,10 +231,11 @@ class SFPPLongSampler(io.ComfyNode):
             stride=space.spatial_stride,
             fps=space.fps,
         )
+        table = timetable(spoken.script, geometry)
         video = Generation(
             model,
             config,
-            embeddings=embeddings,
+            text=table.cues([embeddings[entry.number - 1] for entry in table.entries]),
             geometry=geometry,
             settings=settings,
             seed=video_seed,
@@ -237,8 +243,19 @@ class SFPPLongSampler(io.ComfyNode):
             storage="plain" if cache is None else cache.storage,
             maker=cls.hidden.unique_id,
         )
-        _host.say("\n".join(remarks(video, model, config)))
+        _host.say("\n".join(scene_remarks(table) + remarks(video, model, config)))
         return io.NodeOutput(LazyLatent(video))
+
+
+def scene_remarks(table: Timetable) -> list[str]:
+    """Return what is not shown as written, and when the scenes begin; the log has the whole table."""
+    for warning in table.warnings:
+        logger.warning("%s", warning)
+    if len(table.entries) == 1:
+        return list(table.warnings)
+    logger.info("%s", "\n".join(["scenes", *table.lines()]))
+    times = ", ".join(f"{entry.actual:.1f} s" for entry in table.entries)
+    return [*table.warnings, f"{len(table.entries)} scenes, at {times}"]
 
 
 def remarks(video: Generation, model: Any, config: StudentConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""The command line: ``python -m sfpp_core generate``, ``decode`` and ``info``.
+"""The command line: ``python -m sfpp_core generate``, ``decode``, ``report`` and ``info``.
 
 Exit codes: 0 done; 1 failed while generating; 2 cannot be done as asked; 128 + N ended by signal N (130 for
 Ctrl-C, 143 for a plain kill), with what was made by then in the file.
@@ -20,6 +20,7 @@ from typing import NoReturn
 import torch
 from tqdm import tqdm
 
+from . import drift_command
 from .cli_options import choices_of, parser, request_of
 from .compute import device_named
 from .errors import SFPPError
@@ -45,7 +46,7 @@ Work = Callable[[Callable[[Progress], None]], Outcome]
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line on ``words``, or on those of the process; return the exit code."""
-    commands = {"generate": _generate, "decode": _decode, "info": _info}
+    commands = {"generate": _generate, "decode": _decode, "report": drift_command.run, "info": _info}
     arguments = parser(commands, version=_version()).parse_args(words)
     with _messages(), _ending_signals() as caught:
         try:

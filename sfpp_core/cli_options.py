@@ -6,11 +6,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
+from . import drift_command
 from .attention import NAMES
 from .cache_shape import StorageKind
 from .config import SinkPositions
+from .cues import CHANGES, Change
 from .decoder import PREVIEW
-from .errors import SettingsError, SFPPError
+from .errors import ScriptError, SettingsError, SFPPError
 from .lora import parse_lora_option
 from .naming import Choice
 from .presets import FAMILIES
@@ -19,6 +21,7 @@ from .run.going_on import Replay
 from .run.manifest import is_run, read_manifest
 from .run.production import VIDEO, Choices
 from .run.requests import extended, request_fields
+from .script import load_script
 from .text_cache import default_folder
 
 Command = Callable[[argparse.Namespace, list[int]], int]
@@ -29,6 +32,8 @@ examples:
   python -m sfpp_core generate "a red circle moves right slowly" --seconds 60 --out video.mp4
   python -m sfpp_core generate "a cat surfs a wave" --student self_forcing_dmd.pt --decoder Wan2.1_VAE.pth
       --text-encoder umt5_xxl_fp8_e4m3fn_scaled.safetensors --seconds 60 --out cat.mp4
+  python -m sfpp_core generate "a red circle moves right slowly [10s] | a blue square moves up fast [10s]"
+      --seconds 20 --out change.mp4
   python -m sfpp_core generate "a red circle moves right slowly" --run circle --seconds 600
   python -m sfpp_core generate --run circle --extend 30
   python -m sfpp_core generate "a blue circle moves right slowly" --run blue --branch circle --from 42.5
@@ -39,6 +44,10 @@ Without --student the embedded demo is used: one coloured shape that moves over 
 what it knows when a prompt holds a word it does not. The same prompt, seed and settings give the same video,
 and a longer video begins with the shorter one. The file plays while it grows; Ctrl-C ends it early and leaves
 what is there.
+Prompts over time: "a cat [5s] | a dog [10s]" with the length of each scene, "[0s: a cat] [5s: a dog]" with
+the time it begins at, "a cat | a dog" in equal shares, or JSON. Text before the first bracket is common to
+all scenes. [5s cut: a dog] or a dog [10s cut] says how the scene takes over; else --switch does. Scenes begin
+at the nearest chunk. What comes before a change does not depend on it.
 Nothing is ever downloaded.
 """
 
@@ -50,7 +59,7 @@ def parser(commands: Mapping[str, Command], *, version: str) -> argparse.Argumen
     """Return the parser of the whole command line.
 
     Args:
-        commands: What runs ``generate``, ``decode`` and ``info``.
+        commands: What runs ``generate``, ``decode``, ``report`` and ``info``.
         version: Of the package.
     """
     kind = argparse.RawDescriptionHelpFormatter
@@ -70,11 +79,13 @@ def parser(commands: Mapping[str, Command], *, version: str) -> argparse.Argumen
     summary = "make a video again from the latents a run has kept, e.g. with a better decoder"
     decode = added.add_parser("decode", help=summary, description=summary)
     _add_decode_options(decode)
+    report = added.add_parser("report", help=drift_command.SUMMARY, description=drift_command.SUMMARY)
+    drift_command.add_options(report)
     summary = "explain a weights file: what it holds, its sizes, the memory it needs; or a run: how far it is"
     info = added.add_parser("info", help=summary, description=summary)
     said = "weights: a file, an index of shards, a folder; or the folder of a run"
     info.add_argument("file", type=Path, metavar="FILE", help=said)
-    for name, command in {"generate": generate, "decode": decode, "info": info}.items():
+    for name, command in {"generate": generate, "decode": decode, "report": report, "info": info}.items():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.set_defaults(command=commands[name])
     return whole
@@ -83,12 +94,16 @@ def parser(commands: Mapping[str, Command], *, version: str) -> argparse.Argumen
 def _add_generate_options(command: argparse.ArgumentParser) -> None:
     """Add the options of ``generate``."""
     add = command.add_argument
-    add("prompt", nargs="?", help="what the video shows")
+    add("prompt", nargs="?", help="what the video shows; prompts over time as explained below")
+    add("--script", type=Path, metavar="FILE", help="prompts over time from a file, in place of a prompt")
+    add("--switch", type=_change, metavar="WAY", help=f"how prompts change (default soft): {CHANGES}")
     _add_output_options(command, required=False)
     add("--seconds", type=float, metavar="S", help="length in seconds (default 60)")
     add("--seed", type=int, metavar="N", help="seed of all noise, any whole number (default 0)")
     add("--start", type=Path, metavar="PATH", help="begin with a picture, a clip, or a folder of latents")
     add("--latents", type=Path, metavar="FOLDER", help="keep the latents there, to be decoded again")
+    said = "measure drift meanwhile: a folder, or a .csv, .json or .png file"
+    add("--report", type=Path, metavar="PATH", help=said)
     add = command.add_argument_group("size").add_argument
     add(
         "--width",
@@ -118,6 +133,9 @@ def _add_generate_options(command: argparse.ArgumentParser) -> None:
     add("--overlap", type=int, metavar="N", help="latent frames shared by windows that start anew; 0 rolls")
     add("--steps", type=int, metavar="N", help="denoising steps per chunk, e.g. 4")
     add("--shift", type=float, metavar="X", help="shift of the noise levels towards 1, e.g. 5")
+    said = "pull colour and contrast towards the first seconds, from 0 (off) to 1"
+    add("--anchor", type=float, metavar="X", help=said)
+    add("--context-sigma", type=float, metavar="X", help="noise on the remembered past (default 0)")
     _add_models(command)
     _add_run(command)
     add = _add_machine(command)
@@ -206,6 +224,14 @@ def _lora(text: str) -> tuple[Path, float]:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _change(text: str) -> Change:
+    """Parse the way of a change."""
+    try:
+        return Change.parse(text)
+    except SFPPError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _cache(text: str) -> Path:
     """Return the folder that is named, or the user's own; that is looked for only if it is wanted."""
     try:
@@ -224,14 +250,19 @@ def request_of(arguments: argparse.Namespace) -> Request:
 
     Raises:
         CheckpointError: The run is damaged.
+        ScriptError: There are two prompts, or the file of a script cannot be read.
         SettingsError: They leave too much open, or do not go together.
     """
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     known = _said_before(arguments)
+    if "script" in given:
+        if "prompt" in given:
+            raise ScriptError("say what the video shows either by a prompt or by --script, and not both.")
+        given["prompt"] = load_script(given["script"])
     if arguments.extend is not None:
         known["seconds"] = extended(arguments.run, arguments.extend)
     if "prompt" not in {**known, **given}:
-        raise SettingsError("the following arguments are required: PROMPT, what the video shows.")
+        raise SettingsError("say what the video shows, by a PROMPT or by --script with a file.")
     if arguments.run is not None:
         known["run"] = arguments.run
         known.setdefault("out", str(arguments.run / VIDEO))

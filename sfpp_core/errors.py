@@ -38,3 +38,7 @@ class NumericsError(SFPPError, ArithmeticError):
 
 class RolloutOrderError(SFPPError, RuntimeError):
     """Chunks were opened, written or closed out of order."""
+
+
+class ScriptError(SFPPError, ValueError):
+    """Prompts over time that cannot be read; the message shows the character."""

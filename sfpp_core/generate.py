@@ -11,10 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .anchor import anchoring
 from .arithmetic import fast_products
 from .checkpoint import load_student
 from .compute import decoder_dtype, tiles_rest_on
+from .cues import Cue
 from .decoder import StreamingDecoder, StreamingEncoder, load_decoder, load_encoder
+from .drift import Borders
+from .drift_report import watched
 from .errors import OutputError
 from .geometry import TEMPORAL_STRIDE
 from .latents_file import LatentsInfo, save_latents
@@ -31,7 +35,7 @@ class Loaded:
     """The models of a plan, in memory."""
 
     sampler: LongSampler
-    embeddings: Tensor
+    cues: tuple[Cue, ...]
     decoder: StreamingDecoder
 
     start: Tensor | None = None
@@ -45,7 +49,7 @@ def load(planned: Plan) -> Loaded:
         CheckpointError: A file is damaged where its header does not show it, e.g. holds weights that are NaN.
     """
     beginning = planned.beginning
-    embeddings = planned.source.embeddings(planned.device)
+    cues = planned.timetable.cues(planned.source.embeddings(planned.device))
     start = None
     if beginning is not None:
         start = beginning.encoded(lambda: _load_encoder(planned), chunk=planned.settings.chunk)
@@ -65,8 +69,10 @@ def load(planned: Plan) -> Loaded:
         device=planned.device,
         storage=planned.request.storage,
         restart=_restart(planned, decoder),
+        context_sigma=planned.request.context_sigma,
+        finish=anchoring(planned.request.anchor),
     )
-    return Loaded(sampler=sampler, embeddings=embeddings, decoder=decoder, start=start)
+    return Loaded(sampler=sampler, cues=cues, decoder=decoder, start=start)
 
 
 def load_planned_decoder(planned: Plan, device: torch.device) -> StreamingDecoder:
@@ -135,8 +141,12 @@ def run(planned: Plan, loaded: Loaded, *, report: Callable[[Progress], None]) ->
         NumericsError: The student produced numbers that are not finite.
         OutputError: As ``recording.record``.
     """
-    with fast_products(planned.device):
-        return record(_pieces(planned, loaded), planned.recording, report=report)
+    borders = Borders(
+        period=TEMPORAL_STRIDE * planned.settings.chunk, first=planned.geometry.frames_kept(0)
+    )
+    watching = watched(planned.request.report, fps=planned.recording.fps, borders=borders)
+    with fast_products(planned.device), watching as observe:
+        return record(_pieces(planned, loaded), planned.recording, report=report, observe=observe)
 
 
 def _pieces(planned: Plan, loaded: Loaded) -> Iterator[Tensor]:
@@ -144,7 +154,7 @@ def _pieces(planned: Plan, loaded: Loaded) -> Iterator[Tensor]:
     geometry, folder = planned.geometry, planned.request.latents
     info = planned.latents_info if folder is not None else None  # once: it asks the disk about every file
     loaded.decoder.reset()
-    for chunk, clean in enumerate(loaded.sampler.chunks(loaded.embeddings, start=loaded.start)):
+    for chunk, clean in enumerate(loaded.sampler.chunks(loaded.cues, start=loaded.start)):
         if folder is None or info is None:
             yield loaded.decoder.decode(clean)[0, : geometry.frames_kept(chunk)]
             continue

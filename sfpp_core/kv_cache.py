@@ -122,6 +122,7 @@ class RollingKVCache(_Lifecycle):
             SettingsError: The device cannot keep keys in this ``storage``.
         """
         super().__init__(shape)
+        self._skipped = 0
         self.storage = make_storage(storage, shape, batch=batch, like=like)
 
     def open(self, chunk: int) -> None:
@@ -132,7 +133,8 @@ class RollingKVCache(_Lifecycle):
         """
         self._check_open(chunk)
         self.storage.open(chunk)
-        self._opened = _OpenSlot(self.storage, first=self.shape.first(chunk))
+        gap = self._skipped * self.shape.latent_frames_per_chunk if chunk >= self.shape.sink else 0
+        self._opened = _OpenSlot(self.storage, first=self.shape.first(chunk) + gap)
 
     def close(self) -> None:
         """Remember the open chunk as last written."""
@@ -141,9 +143,14 @@ class RollingKVCache(_Lifecycle):
         self.storage.close()
         self._opened, self.next = None, self.next + 1
 
-    def reset(self) -> None:
-        """Forget everything; the next chunk is the first."""
-        self.next, self._opened = -self.shape.lead, None
+    def reset(self, *, skipped: int = 0) -> None:
+        """Forget everything; the next chunk is the first.
+
+        Args:
+            skipped: Chunks of the video that are left out after the sink. Those that follow are counted on
+                without them, and stand as much later in time.
+        """
+        self.next, self._opened, self._skipped = -self.shape.lead, None, skipped
 
     def chunk_keys(self, chunk: int) -> tuple[Tensor, Tensor]:
         """Return keys, at their true time, and values of one chunk, each ``(layers, B, N, L, D)``."""

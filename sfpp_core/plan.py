@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from . import demo
+from .anchor import Anchor
 from .attention import Attend, choose, matmul
 from .beginning import Beginning, read_beginning
 from .cache_shape import Bytes
@@ -16,6 +17,7 @@ from .compute import decoder_dtype, device_named, dtype_named, threads_for, tile
 from .config import RolloutSettings, StudentConfig, to_table
 from .decoder import DecoderInfo, check_decoder, check_encoder
 from .decoder_memory import decoder_bytes
+from .drift_report import ReportFiles
 from .errors import OutputError, SettingsError
 from .forecast import Forecast, forecast
 from .geometry import VideoGeometry, frames_in
@@ -29,6 +31,9 @@ from .presets import SELF_FORCING, of_family
 from .prompts import PromptSource, is_of_the_demo, prompt_source
 from .recording import Recording
 from .request import Request
+from .sampler import check_context_sigma
+from .script import read_script
+from .timetable import Timetable, timetable
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +46,7 @@ class Plan:
     student: FileInfo
     adapters: tuple[Adapter, ...]
     decoder: DecoderInfo
+    timetable: Timetable
     source: PromptSource
     beginning: Beginning | None
     geometry: VideoGeometry
@@ -107,7 +113,17 @@ class Plan:
         files = (*models, *texts, request.start)
         named = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path]
         settings = (to_table(self.settings), request.weights, request.loras, request.storage)
-        made = (named, settings, self.geometry.lead, str(self.dtype), self.device.type, request.attention)
+        made = (
+            named,
+            str(request.switch),
+            request.anchor,
+            request.context_sigma,
+            settings,
+            self.geometry.lead,
+            str(self.dtype),
+            self.device.type,
+            request.attention,
+        )
         return blake2b(repr(made).encode(), digest_size=8).hexdigest()
 
     def lines(self) -> list[str]:
@@ -134,6 +150,10 @@ class Plan:
             + (f", cache {request.storage}" if request.storage != "plain" else ""),
             f"memory   {self.forecast}, besides Python and PyTorch; the same for any length",
         ]
+        if len(self.timetable.entries) > 1:
+            lines[3:3] = [
+                f"{'' if row else 'scenes':<9}{line}" for row, line in enumerate(self.timetable.lines())
+            ]
         if self.beginning is not None:
             lines.insert(1, f"start    {self.beginning}")
         return lines
@@ -148,6 +168,7 @@ def plan(request: Request) -> Plan:
         SFPPError: Something is impossible; the message says what, and what to do instead.
     """
     frames_in(request.seconds)
+    script = read_script(request.prompt, change=request.switch)
     student = check_student(request.student or demo.file(demo.STUDENT), choice=request.weights)
     config = student.config
     assert config is not None
@@ -156,9 +177,13 @@ def plan(request: Request) -> Plan:
     beginning, geometry = _sizes(request, config, settings, space)
     _warn_of_options_without_effect(request, config, settings)
     adapters = tuple(read_adapter(path, config, strength=strength) for path, strength in request.loras)
+    table = timetable(script, geometry)
+    for warning in table.warnings:
+        logger.warning("%s", warning)
     source = prompt_source(
-        request.prompt,
+        table.prompts,
         config,
+        names=[str(entry) for entry in table.entries],
         words=request.words,
         encoder=request.text_encoder,
         tokenizer=request.tokenizer,
@@ -172,6 +197,7 @@ def plan(request: Request) -> Plan:
     if enlarge is None:
         enlarge = automatic_enlargement(geometry.width, geometry.height)
     check_enlargement(enlarge, width=geometry.width, height=geometry.height)
+    _check_controls(request)
     if request.run is None:  # a run finds its own video there
         _check_output(request.out, geometry, enlarge, request.start)
     device = device_named(request.device)
@@ -209,6 +235,7 @@ def plan(request: Request) -> Plan:
         student=student,
         adapters=adapters,
         decoder=decoder,
+        timetable=table,
         source=source,
         beginning=beginning,
         geometry=geometry,
@@ -326,6 +353,20 @@ def _check_output(out: str, geometry: VideoGeometry, enlarge: int, start: Path |
         out, frames=geometry.frames, width=geometry.width, height=geometry.height, enlarge=enlarge
     )
     check_output(out, expected_bytes=size)
+
+
+def _check_controls(request: Request) -> None:
+    """Refuse an anchor, a noise of the past or a report that cannot be."""
+    Anchor(strength=request.anchor)
+    check_context_sigma(request.context_sigma)
+    if request.report is None:
+        return
+    if request.run is not None:
+        raise SettingsError(
+            "a run does not take --report: what was made before would be missing; measure its video "
+            f"afterwards with: python -m sfpp_core report {request.out}"
+        )
+    ReportFiles.at(request.report).check()
 
 
 def _check_memory(expected: Forecast, device: torch.device) -> None:

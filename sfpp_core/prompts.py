@@ -1,6 +1,7 @@
-"""Where the embeddings of a prompt come from: the demo's words, or umT5."""
+"""Where the embeddings of prompts come from: the demo's words, or umT5."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class PromptSource(Protocol):
-    """Makes the embeddings of one prompt, found possible before anything is loaded."""
+    """Makes the embeddings of a video's prompts, found possible before anything is loaded."""
 
     @property
     def bytes(self) -> int:
@@ -31,7 +32,7 @@ class PromptSource(Protocol):
         ...
 
     def embeddings(self, device: torch.device) -> Tensor:
-        """Return the embeddings, ``(1, tokens, text_dim)``, on ``device``."""
+        """Return the embeddings, ``(prompts, tokens, text_dim)``, on ``device``."""
         ...
 
 
@@ -39,7 +40,7 @@ class PromptSource(Protocol):
 class FromWords:
     """The demo's vocabulary."""
 
-    prompt: str
+    prompts: tuple[str, ...]
     words: WordEncoder
 
     @property
@@ -48,9 +49,9 @@ class FromWords:
         return 0
 
     def embeddings(self, device: torch.device) -> Tensor:
-        """Return the embeddings, ``(1, tokens, text_dim)``."""
+        """Return the embeddings, ``(prompts, tokens, text_dim)``."""
         with torch.inference_mode():
-            return self.words([self.prompt]).to(device)
+            return self.words(self.prompts).to(device)
 
     def __str__(self) -> str:
         return f"the demo's {len(self.words.vocabulary)} words"
@@ -60,7 +61,7 @@ class FromWords:
 class FromUMT5:
     """Wan's text encoder."""
 
-    prompt: str
+    prompts: tuple[str, ...]
     path: Path
     tokenizer: Path | None
     cache: Path | None
@@ -72,11 +73,11 @@ class FromUMT5:
         return text_encoder_bytes(self.path, DTYPE, text_length=self.text_length)
 
     def embeddings(self, device: torch.device) -> Tensor:
-        """Encode the prompt, or read what an earlier run has made of it."""
+        """Encode the prompts, each by itself, or read what an earlier run has made of them."""
         with torch.inference_mode():
             return encode_prompts(
                 self.path,
-                [self.prompt],
+                self.prompts,
                 device=device,
                 dtype=DTYPE,
                 tokenizer=self.tokenizer,
@@ -94,33 +95,36 @@ def is_of_the_demo(config: StudentConfig) -> bool:
 
 
 def prompt_source(
-    prompt: str,
+    prompts: str | Sequence[str],
     config: StudentConfig,
     *,
     words: Path | None = None,
     encoder: Path | None = None,
     tokenizer: Path | None = None,
     cache: Path | None = None,
+    names: Sequence[str] = (),
 ) -> PromptSource:
-    """Return what makes the embeddings of ``prompt`` for a student.
+    """Return what makes the embeddings of ``prompts`` for a student.
 
     Reads headers, the tokenizer and the demo's words; warns of words the demo does not know.
 
     Args:
-        prompt: What the video shows.
+        prompts: What the video shows, one after the other; a text alone is one prompt.
         config: The student.
         words: File of the student's word encoder; ``None`` is the demo's.
         encoder: umT5, as in ``check_text_encoder``; needed by students that are not of the demo.
         tokenizer: As in ``check_text_encoder``.
         cache: Folder in which embeddings are kept; ``None`` keeps none.
+        names: What warnings and errors call each prompt, where there are several.
 
     Raises:
         CheckpointError: A file is damaged or holds something else.
         ConditioningError: The student and its text encoder do not fit, or none is named.
     """
+    prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     if encoder is not None:
         check_text_encoder(encoder, config, tokenizer)
-        return FromUMT5(prompt, encoder, tokenizer, cache, config.text_length)
+        return FromUMT5(prompts, encoder, tokenizer, cache, config.text_length)
     if words is None and not is_of_the_demo(config):
         raise ConditioningError(
             f"this student hears {config.text_length} embeddings of {config.text_dim}, made by umT5; name "
@@ -132,6 +136,20 @@ def prompt_source(
             f"the word encoder makes {loaded.text_length} embeddings of {loaded.table.embedding_dim} and the "
             f"student hears {config.text_length} of {config.text_dim}; use the one it was trained with."
         )
-    for warning in check_prompt(prompt, loaded, groups):
-        logger.warning("%s", warning)
-    return FromWords(prompt, loaded)
+    _warn_of_lost_words(prompts, names, loaded, groups)
+    return FromWords(prompts, loaded)
+
+
+def _warn_of_lost_words(
+    prompts: Sequence[str], names: Sequence[str], words: WordEncoder, groups: Mapping[str, tuple[str, ...]]
+) -> None:
+    """Refuse a prompt that says nothing to the demo, and warn of words that are lost, each prompt by name."""
+    named = len(prompts) > 1 and len(names) == len(prompts)
+    for name, prompt in zip(
+        [f"{name}: " for name in names] if named else [""] * len(prompts), prompts, strict=True
+    ):
+        try:
+            for warning in check_prompt(prompt, words, groups):
+                logger.warning("%s%s", name, warning)
+        except ConditioningError as error:
+            raise ConditioningError(f"{name}{error}") from error

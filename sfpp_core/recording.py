@@ -74,6 +74,7 @@ def record(
     report: Callable[[Progress], None],
     writer: Writer | None = None,
     before: Progress | None = None,
+    observe: Callable[[Tensor], None] | None = None,
 ) -> Outcome:
     """Write the frames ``(F, 3, H, W)`` of chunk after chunk. Another process encodes them meanwhile.
 
@@ -85,6 +86,7 @@ def record(
         report: Called after every chunk.
         writer: What goes on with a video; ``None`` begins one.
         before: How far that video is.
+        observe: Sees the frames of every chunk once the writer has them, e.g. ``DriftWatch.add``.
 
     Raises:
         OutputError: The disk is full or the encoder died. As after any error, the file plays up to there, and
@@ -105,6 +107,8 @@ def record(
             for chunk, frames in enumerate(pieces, start=before.chunks):
                 writer.write(frames)
                 done += len(frames)
+                if observe is not None:
+                    observe(frames)
                 report(Progress(chunks=chunk + 1, total_chunks=recording.chunks, frames=done))
         complete = True
     except KeyboardInterrupt:

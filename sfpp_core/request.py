@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .cache_shape import StorageKind
+from .cues import SOFT, Change
 from .naming import Choice
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -19,10 +20,13 @@ class Request:
     """What a user asks for. ``None`` leaves the choice to the student, which is the demo's if not named."""
 
     prompt: str
-    """What the video shows."""
+    """What the video shows: one prompt, or prompts over time in any form of ``script``."""
 
     out: str
     """File or folder for the video, as for ``video.open_writer``."""
+
+    switch: Change = SOFT
+    """How a prompt takes over from the one before, where the script does not say."""
 
     seconds: float = 60.0
     """Length of the video."""
@@ -80,6 +84,15 @@ class Request:
 
     storage: StorageKind = "plain"
     """How keys and values are kept."""
+
+    report: Path | None = None
+    """Where the drift is reported that is measured meanwhile, as for ``ReportFiles.at``."""
+
+    anchor: float = 0.0
+    """Strength, 0 to 1, of what pulls colour and contrast towards the first seconds; see ``anchor``."""
+
+    context_sigma: float = 0.0
+    """See ``LongSampler``."""
 
     run: Path | None = None
     """Folder of the run this is to be; ``None`` makes a video alone."""

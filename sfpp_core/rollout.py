@@ -6,7 +6,7 @@ it will be asked to do (Self-Forcing, arXiv:2506.08009; long horizons, arXiv:251
 Legend: B batch, C channels, T latent frames of a chunk, H and W latent height and width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -27,6 +27,10 @@ class Student(Protocol):
     def remember(self, clean: Tensor, cache: KVCache) -> None:
         """Write the keys of ``clean`` ``(B, C, T, H, W)`` as the past that later chunks see."""
         ...
+
+
+Finish = Callable[[int, Tensor], Tensor]
+"""Maps a clean chunk, given its number, before it is shown and remembered."""
 
 
 def denoise_chunk(
@@ -77,6 +81,7 @@ def rollout(
     start: int = 0,
     exit_step: int | None = None,
     keep_last: bool = False,
+    finish: Finish | None = None,
 ) -> Iterator[Tensor]:
     """Yield the clean chunks ``start`` to ``chunks - 1``, each ``(B, C, T, H, W)``, oldest first.
 
@@ -94,10 +99,13 @@ def rollout(
         start: First chunk to generate.
         exit_step: See ``denoise_chunk``.
         keep_last: Remember the last chunk too, so that the cache can go on from it.
+        finish: Maps each clean chunk before it is yielded and remembered.
     """
     for chunk in range(start, chunks):
         cache.open(chunk)
         clean = denoise_chunk(student, noise, schedule, cache, chunk=chunk, like=like, exit_step=exit_step)
+        if finish is not None:
+            clean = finish(chunk, clean)
         yield clean
         if keep_last or chunk + 1 < chunks:
             # The past is remembered clean, not as it was denoised.

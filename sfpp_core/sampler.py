@@ -3,8 +3,7 @@
 Legend: B batch, C channels, T latent frames of a chunk, H and W latent height and width.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,13 +11,16 @@ from torch import Tensor
 
 from .cache_shape import CacheShape, StorageKind
 from .config import RolloutSettings
+from .cues import Cue, Voice, as_cues
 from .errors import NumericsError, SettingsError
 from .geometry import VideoGeometry
-from .kv_cache import RollingKVCache
+from .kv_cache import KVCache, RollingKVCache
 from .noise import ChunkNoise
-from .rollout import Student, rollout
+from .rollout import Finish, Student, rollout
+from .schedule import add_noise
 from .start import check_start, given_chunks
-from .student import CausalStudent
+from .stretches import Stretch, stretches
+from .student import BoundStudent, CausalStudent
 from .transfers import fetch
 
 
@@ -55,112 +57,181 @@ class LongSampler:
     """With an overlap: makes the latents ``(B, C, overlap, H, W)`` a window begins with from all of the
     window before, ``(B, C, window, H, W)``. ``None`` takes its last ones as they are."""
 
+    context_sigma: float = 0.0
+    """Share of noise, from 0 to below 1, under which the past is remembered. Students are trained with 0."""
+
+    finish: Finish | None = None
+    """Maps each clean chunk, given its number in the video, before it is yielded and remembered. Given chunks
+    are shown to it too, in order, and stay as they are."""
+
     def __post_init__(self) -> None:
         if self.geometry.chunk != self.settings.chunk:
             raise SettingsError(
                 f"geometry has chunks of {self.geometry.chunk} latent frames and the settings of "
                 f"{self.settings.chunk}; build both with the same chunk."
             )
+        check_context_sigma(self.context_sigma)
 
     @torch.inference_mode()
     def chunks(
-        self, embeddings: Tensor, *, start: Tensor | None = None, past: Sequence[Tensor] = ()
+        self, text: Tensor | Sequence[Cue], *, start: Tensor | None = None, past: Sequence[Tensor] = ()
     ) -> Iterator[Tensor]:
         """Yield the clean chunks of the video after ``past``, oldest first, those of ``start`` among them.
 
         Args:
-            embeddings: Text embeddings, ``(B, tokens, text_dim)``.
+            text: Text embeddings, ``(B, tokens, text_dim)``, or several of them as cues in order. Chunks
+                before a cue do not depend on it.
             start: Latents the video starts with, ``(B, C, T, H, W)``, normalised: whole chunks (a clip), or
                 one latent frame and whole chunks (an image: one latent frame and none). ``geometry`` counts
                 them, and its ``lead`` is that of ``lead_of``.
-            past: Every chunk of this run already yielded. Their clean passes are run again, which costs a
-                fifth of making them and gives exactly the memory they left.
+            past: Every chunk of this run already yielded. The clean passes of those since the memory was last
+                built are run again, which costs a fifth of making them and gives exactly what they left.
 
         Yields:
             ``(B, C, T, H, W)``, normalised latents, float32, on ``device``. T is the chunk; the first is
             longer by the lead.
 
         Raises:
+            ConditioningError: The embeddings do not fit the student, or each other.
             GeometryError: ``start`` does not fit; see ``check_start``.
             NumericsError: A chunk holds a number that is not finite. It is not yielded; but on CUDA, where
                 waiting for the answer would hold up the GPU, one such chunk at most is, and never the last.
+            SettingsError: The cues are not in order.
         """
-        config, total, lead = self.student.config, self.geometry.chunks, self.geometry.lead
-        check_start(start, self.geometry, batch=len(embeddings), channels=config.channels)
+        cues = as_cues(text)
+        voice = Voice(self.student, cues, device=self.device)
+        channels, total, lead = self.student.config.channels, self.geometry.chunks, self.geometry.lead
+        like = torch.empty(len(cues[0].embeddings), channels, *self.geometry.chunk_shape, device=self.device)
+        check_start(start, self.geometry, batch=len(like), channels=channels)
         given = given_chunks(start, past, self.geometry)
-        bound = self.student.bind(embeddings.to(self.device))
-        like = torch.empty(len(embeddings), config.channels, *self.geometry.chunk_shape, device=self.device)
         opening, given = [clean.to(like) for clean in given[:lead]], given[lead:]
         for chunk, clean in enumerate(given[len(past) :], start=len(past)):
             yield _with_lead(opening, chunk, clean.to(like))
-        check = _FiniteCheck(self.student.dtype, late=like.is_cuda)
-        overlap, done, cache = self.settings.overlap, len(given), None
-        held = self._held(given, like)
-        while done < total:
-            first, stop = self._window(done)
-            if first:
-                opening = []  # the lead belongs to the first window
-            if cache is None or cache.shape.lead != len(opening):
+        self._show(given, like)
+        check, cache = _FiniteCheck(self.student.dtype, late=like.is_cuda), None
+        held, done = dict(enumerate(given)), len(given)
+        for stretch in self._stretches(cues, done):
+            if cache is None or cache.shape.lead != stretch.lead:
                 cache = None  # its memory is free before another is taken
-                cache = self._cache(like, lead=len(opening))
-            cache.reset()
-            _remember([*opening, *self._given(held, first, done)], bound, cache, like=like)
-            noise = ChunkNoise(self.seed, first)
-            schedule = self.settings.schedule()
-            made = rollout(bound, noise, schedule, cache, chunks=stop - first, like=like, start=done - first)
-            for clean in made:
+                cache = self._cache(like, lead=stretch.lead)
+            self._recall(stretch, [*opening[: stretch.lead], *self._past(stretch, held, done)], voice, cache)
+            for clean in self._make(stretch, done, voice, cache, like):
                 check.add(done, clean)
                 done += 1
                 if done == total:
                     check.settle()  # here, not after the loop: a caller who counts never comes back
-                if overlap:
-                    held.append(clean)
+                if stretch.stop < total:
+                    self._hold(held, done - 1, clean, stretch)
                 yield _with_lead(opening, done - 1, clean)
 
-    def _held(self, given: Sequence[Tensor], like: Tensor) -> "deque[Tensor]":
-        """Return the chunks there may still be use for: all given ones, or those of two windows."""
-        if not self.settings.overlap:
-            return deque(given)
-        return deque((clean.to(like) for clean in given), maxlen=2 * self.settings.window_chunks)
+    def _show(self, given: Sequence[Tensor], like: Tensor) -> None:
+        """Show the given chunks to what maps the others."""
+        if self.finish is not None:
+            for chunk, clean in enumerate(given):
+                self.finish(chunk, clean.to(like))
+
+    def _stretches(self, cues: Sequence[Cue], done: int) -> Iterator[Stretch]:
+        """Yield the stretches that are not over after ``done`` chunks."""
+        settings, geometry = self.settings, self.geometry
+        shape = CacheShape.of(self.student.config, geometry, settings)
+        found = stretches(cues, shape, chunks=geometry.chunks, overlap=settings.overlap_chunks)
+        return (stretch for stretch in found if stretch.stop > done)
 
     def _cache(self, like: Tensor, *, lead: int) -> RollingKVCache:
-        """Return an empty memory for windows with so many latent frames before their chunk 0."""
+        """Return an empty memory for stretches with so many latent frames before their first chunk."""
         shape = replace(CacheShape.of(self.student.config, self.geometry, self.settings), lead=lead)
         like = like.to(self.student.dtype)
         return RollingKVCache(shape, batch=len(like), like=like, storage=self.storage)
 
-    def _window(self, done: int) -> tuple[int, int]:
-        """Return the first chunk of the window that chunk ``done`` is made in, and the one after its last."""
-        settings, total = self.settings, self.geometry.chunks
-        if not settings.overlap:
-            return 0, total  # one window, which rolls
-        span = settings.window_chunks - settings.overlap_chunks
-        first = max(0, (done - settings.overlap_chunks) // span) * span
-        return first, min(first + settings.window_chunks, total)
+    def _past(self, stretch: Stretch, held: Mapping[int, Tensor], done: int) -> list[Tensor]:
+        """Return the chunks before ``done`` as the memory of ``stretch`` sees them, oldest first."""
+        past = [held[chunk] for chunk in (*stretch.kept, *range(stretch.begin, done))]
+        if stretch.overlap and self.restart is not None:
+            stop = stretch.offset + stretch.overlap
+            before = [held[chunk] for chunk in range(stop - self.settings.window_chunks, stop)]
+            made = self.restart(torch.cat(before, dim=2).to(self.device, torch.float32))
+            past[: stretch.overlap] = made.split(self.settings.chunk, dim=2)
+        return past
 
-    def _given(self, held: Sequence[Tensor], first: int, done: int) -> list[Tensor]:
-        """Return the chunks ``first`` to ``done - 1`` as their window sees them.
+    def _recall(self, stretch: Stretch, past: Sequence[Tensor], voice: Voice, cache: RollingKVCache) -> None:
+        """Build the memory of ``stretch`` out of the clean passes of ``past``, the lead first if it has one.
 
-        Args:
-            held: Chunks up to ``done - 1``, as many as there may be use for.
-            first: First chunk of the window.
-            done: Chunks made.
+        What is kept from before is heard as the first chunk of the stretch is.
         """
-        given = [held[chunk - done] for chunk in range(first, done)]
-        if first and self.restart is not None:
-            overlap = self.settings.overlap_chunks
-            stop = first + overlap
-            before = [held[chunk - done] for chunk in range(stop - self.settings.window_chunks, stop)]
-            given[:overlap] = self.restart(torch.cat(before, dim=2)).split(self.settings.chunk, dim=2)
-        return given
+        cache.reset(skipped=stretch.skipped(cache.shape))
+        for number, clean in enumerate(past, start=cache.next):
+            cache.open(number)
+            heard = max(stretch.begin, stretch.offset + number)
+            student = self._student(voice.at(heard), stretch)
+            student.remember(clean.to(self.device, torch.float32), cache)
+            cache.close()
+
+    def _make(
+        self, stretch: Stretch, done: int, voice: Voice, cache: RollingKVCache, like: Tensor
+    ) -> Iterator[Tensor]:
+        """Yield the chunks of ``stretch`` that are missing after ``done``."""
+        offset, finish = stretch.offset, self.finish
+        noise = ChunkNoise(self.seed, offset)
+        while done < stretch.stop:
+            until = voice.until(done, stretch.stop)
+            yield from rollout(
+                self._student(voice.at(done), stretch),
+                noise,
+                self.settings.schedule(),
+                cache,
+                chunks=until - offset,
+                like=like,
+                start=done - offset,
+                keep_last=until < stretch.stop,
+                finish=None if finish is None else lambda number, clean: finish(offset + number, clean),
+            )
+            done = until
+
+    def _student(self, bound: BoundStudent, stretch: Stretch) -> Student:
+        """Return ``bound``, which remembers under noise if it shall."""
+        if not self.context_sigma:
+            return bound
+        return _Blurred(bound, self.context_sigma, ChunkNoise(self.seed), self.settings.steps, stretch)
+
+    def _hold(self, held: dict[int, Tensor], chunk: int, clean: Tensor, stretch: Stretch) -> None:
+        """Keep ``chunk`` in ``held``, and let go of what no memory will begin with."""
+        held[chunk] = clean
+        sink = {stretch.chunk(number) for number in range(self.settings.sink_chunks)}
+        oldest = chunk - 2 * self.settings.window_chunks
+        for old in [old for old in held if old < oldest and old not in sink]:
+            del held[old]
 
 
-def _remember(given: Sequence[Tensor], student: Student, cache: RollingKVCache, *, like: Tensor) -> None:
-    """Run the clean passes of the chunks that come next in ``cache``, the lead first if there is one."""
-    for chunk, clean in enumerate(given, start=cache.next):
-        cache.open(chunk)
-        student.remember(clean.to(like), cache)
-        cache.close()
+def check_context_sigma(sigma: float) -> None:
+    """Refuse a noise of the past that cannot be.
+
+    Raises:
+        SettingsError: It is not from 0 to below 1.
+    """
+    if not 0 <= sigma < 1:
+        raise SettingsError(f"context_sigma is {sigma:g}; it must be from 0 to below 1, e.g. 0 or 0.1.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Blurred:
+    """A student that remembers chunks under noise: a function of seed and chunk, as all noise is."""
+
+    bound: BoundStudent
+    sigma: float
+    noise: ChunkNoise
+    step: int
+    stretch: Stretch
+
+    def __call__(self, noisy: Tensor, sigma: float, cache: KVCache) -> Tensor:
+        """Return the velocity at ``noisy``."""
+        return self.bound(noisy, sigma, cache)
+
+    def remember(self, clean: Tensor, cache: KVCache) -> None:
+        """Write the keys of ``clean`` with noise on it."""
+        assert isinstance(cache, RollingKVCache)
+        chunk = cache.next if cache.next < 0 else self.stretch.chunk(cache.next)
+        fresh = self.noise.draw(tuple(clean.shape), chunk=chunk, step=self.step, like=clean)
+        self.bound.remember(add_noise(clean, fresh, self.sigma), cache, sigma=self.sigma)
 
 
 def _with_lead(opening: Sequence[Tensor], chunk: int, clean: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""Every training stage with its smoke settings, whole or cut short as by a power failure.
+"""Every training stage with its smoke settings, whole or cut short as by a power failure, alone or in ranks.
 
-As a program, ``stage_runs.py NAME UPDATE KEY=VALUE ...``, it ends itself with SIGKILL in that update.
+As a program, ``stage_runs.py JSON``, it runs what the list of ``[name, update, [key=value, ...]]`` says, one
+after the other, and ends itself with SIGKILL in an update that is given.
 """
 
 import importlib
+import json
 import os
 import signal
 import sys
@@ -11,7 +13,9 @@ from pathlib import Path
 
 import torch
 
+from sfpp_core.config import StudentConfig
 from training.config import load
+from training.teacher import DemoModel
 
 ROOT = Path(__file__).parent.parent
 AUTOENCODER = f"autoencoder={ROOT / 'sfpp_core/demo/autoencoder.safetensors'}"
@@ -19,21 +23,30 @@ STAGES = {
     "autoencoder": ("train_autoencoder", "Settings", "demo_autoencoder", ["bf16=0.5"]),
     "teacher": ("train_teacher", "TeacherSettings", "demo_teacher", [AUTOENCODER]),
     "causal": ("train_causal", "CausalSettings", "demo_causal", [AUTOENCODER, "openings=2", "chunks=2"]),
-    "pairs": (
-        "make_ode_pairs",
-        "PairSettings",
-        "demo_ode_pairs",
-        ["pairs=4", "batch=2", "steps=4", "threads=1"],
-    ),
+    "pairs": ("make_ode_pairs", "PairSettings", "demo_ode_pairs", []),
     "ode": ("train_ode", "OdeSettings", "demo_ode", [AUTOENCODER]),
-    "dmd": (
+    "dmd": ("train_dmd", "DmdSettings", "demo_self_forcing", [AUTOENCODER]),
+    "streaming": (
         "train_dmd",
         "DmdSettings",
-        "demo_self_forcing",
-        [AUTOENCODER, "batch=2", "warmup=1", "every=3", "horizon=9", "segment=6"],
+        "demo_self_forcing_plus",
+        [AUTOENCODER, "loop.out=runs/smoke/streaming", "streaming=true", "horizon=12"],
     ),
+    "grpo": ("train_grpo", "GrpoSettings", "demo_grpo", [AUTOENCODER]),
 }
 """Module, settings, configuration and what a test changes of it, by stage; each after what it needs."""
+
+
+def plant():
+    """Write a small random model where every stage from the pairs on looks for those before it."""
+    torch.manual_seed(0)
+    model = DemoModel(StudentConfig(dim=128, ffn_dim=32, heads=1, layers=1, text_dim=8, text_length=16))
+    torch.nn.init.normal_(model.network.head.head.weight, std=0.05)
+    averaged = {f"module.{name}": value for name, value in model.state_dict().items()}
+    for name in ("teacher", "causal", "ode", "self_forcing"):
+        path = Path("runs/smoke", name, "last.pt")
+        path.parent.mkdir(parents=True)
+        torch.save({"model": {"averaged": averaged}}, path)
 
 
 class PowerFailureError(BaseException):
@@ -72,6 +85,5 @@ def begin(name, *overrides, until=None, fail=raise_power_failure):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    begin(
-        sys.argv[1], *sys.argv[3:], until=int(sys.argv[2]), fail=lambda: os.kill(os.getpid(), signal.SIGKILL)
-    )
+    for name, until, overrides in json.loads(sys.argv[1]):
+        begin(name, *overrides, until=until, fail=lambda: os.kill(os.getpid(), signal.SIGKILL))

@@ -17,7 +17,7 @@ from sfpp_core.student import CausalStudent, causal_mask
 from sfpp_core.tiny_autoencoder import AutoencoderConfig, TinyAutoencoder
 from training import train_dmd
 from training.config import ConfigError, load
-from training.first_latent import as_clip
+from training.first_latent import as_clips
 from training.losses import guide
 from training.parallel import Pieces
 from training.scores import CausalScores, Levels, Noised, WholeScores
@@ -122,26 +122,44 @@ BEFORE = torch.randn(1, 16, 6, 8, 8)
 def test_a_segment_from_the_start_of_a_video_is_a_clip_already():
     rolled = Rolled(clean=CLEAN, before=CLEAN[:, :, :0])
     for handling in ("keep", "mask", "reencode"):
-        clean, mask = as_clip(rolled, handling, autoencoder(), masked=3)
-        assert clean is CLEAN
+        clean, mask = as_clips(rolled, handling, autoencoder(), masked=3, length=6)
+        assert torch.equal(clean, CLEAN)
         assert mask is None
 
 
 def test_a_later_segment_is_kept_masked_or_begins_with_a_picture():
     rolled = Rolled(clean=CLEAN.clone().requires_grad_(True), before=BEFORE)
     pictures = autoencoder()
-    clean, mask = as_clip(rolled, "keep", pictures, masked=3)
-    assert clean is rolled.clean
+    clean, mask = as_clips(rolled, "keep", pictures, masked=3, length=6)
+    assert torch.equal(clean, rolled.clean)
     assert mask is None
-    clean, mask = as_clip(rolled, "mask", pictures, masked=3)
-    assert mask.flatten().tolist() == [0, 0, 0, 1, 1, 1]
-    clean, mask = as_clip(rolled, "reencode", pictures, masked=1)
-    assert mask.flatten().tolist() == [0, 1, 1, 1, 1, 1]
+    clean, mask = as_clips(rolled, "mask", pictures, masked=3, length=6)
+    assert mask.flatten(1).tolist() == [[0, 0, 0, 1, 1, 1]] * len(CLEAN)
+    clean, mask = as_clips(rolled, "reencode", pictures, masked=1, length=6)
+    assert mask.flatten(1).tolist() == [[0, 1, 1, 1, 1, 1]] * len(CLEAN)
     torch.testing.assert_close(clean[:, :, 1:], CLEAN[:, :, 1:], rtol=0, atol=0)
     frame = pictures.decode(torch.cat((BEFORE, CLEAN[:, :, :1]), dim=2))[:, -1:]
     torch.testing.assert_close(clean[:, :, :1], pictures.encode(frame))
     clean.sum().backward()
     assert rolled.clean.grad[:, :, 0].abs().max() == 0
+
+
+def test_a_segment_is_cut_into_clips_that_each_begin_with_a_picture():
+    rolled, pictures = Rolled(clean=CLEAN, before=BEFORE), autoencoder()
+    clips, mask = as_clips(rolled, "reencode", pictures, masked=1, length=3)
+    assert clips.shape == (2 * len(CLEAN), *CLEAN.shape[1:2], 3, *CLEAN.shape[3:])
+    assert mask.flatten(1).tolist() == [[0, 1, 1]] * len(clips)
+    for clip, begin in enumerate((0, 3)):
+        cut = Rolled(clean=CLEAN[:, :, begin : begin + 3], before=torch.cat((BEFORE, CLEAN[:, :, :begin]), 2))
+        alone, _ = as_clips(cut, "reencode", pictures, masked=1, length=3)
+        torch.testing.assert_close(clips[clip::2], alone)
+
+
+def test_only_the_clip_that_opens_the_video_has_its_picture_already():
+    rolled = Rolled(clean=CLEAN, before=CLEAN[:, :, :0])
+    clips, mask = as_clips(rolled, "reencode", autoencoder(), masked=1, length=3)
+    assert torch.equal(clips[::2], CLEAN[:, :, :3])
+    assert mask.flatten(1).tolist() == [[1, 1, 1], [0, 1, 1]] * len(CLEAN)
 
 
 def test_two_chunks_before_are_enough_to_show_a_latent_frame():
@@ -197,8 +215,8 @@ def test_only_what_is_new_in_a_stream_has_a_gradient():
     assert all(grad.abs().max() == 0 for grad in old)
     new = torch.autograd.grad(rolled.clean[:, :, 3:].sum(), list(role.net.parameters()))
     assert all(grad.abs().max() > 0 for grad in new)
-    _, mask = as_clip(rolled, "keep", autoencoder(), masked=3)
-    assert mask.flatten().tolist() == [0] * 3 + [1] * 6
+    _, mask = as_clips(rolled, "keep", autoencoder(), masked=3, length=rolled.clean.shape[2])
+    assert mask[0].flatten().tolist() == [0] * 3 + [1] * 6
 
 
 @torch.no_grad()
@@ -232,21 +250,22 @@ def settings_of(runs, out, *overrides):
     """Return the shipped settings with small sizes."""
     autoencoder().save(out / "autoencoder.safetensors")
     roles = [f"teacher_run={runs}", f"student_run={runs}", f"autoencoder={out / 'autoencoder.safetensors'}"]
-    sizes = [f"loop.out={out}", "batch=2", "segment=6", "horizon=12", "warmup=1", "every=2"]
+    sizes = [f"loop.out={out}", "batch=2", "segment=6", "clips=[6, 3]", "horizon=12", "warmup=1", "every=2"]
     config = str(CONFIGS / "demo_self_forcing.toml")
     return load(DmdSettings, [config, *roles, *sizes, *overrides], stage="train_dmd")
 
 
 @pytest.fixture
 def without_sheets(monkeypatch):
-    """Leave out the sample sheets, twenty seconds of video per run; test_stages draws them."""
-    monkeypatch.setattr(train_dmd, "roll_sheet", lambda *_, **__: None)
+    """Leave out the samples, a minute of video per run; test_stages makes them."""
+    monkeypatch.setattr(train_dmd, "roll_samples", lambda *_, **__: {})
 
 
 VARIANTS = {
     "two pieces": ["streaming=true", "horizon=9", "loop.effective_batch=4"],
     "self-forcing": ["horizon=6"],
     "streaming": ["streaming=true", "critic_updates=2", "overlap=3", "first_latent=mask"],
+    "whole segments": ["clips=[]", "critic_updates=1"],
     "literal": ["backward_noise=finished", "first_latent=reencode", "last_step_only=true", "beta=[1, 2]"],
     "bidirectional": ["scores=bidirectional", "checkpointing=true", "at_zero=0"],
 }
@@ -290,6 +309,7 @@ def test_the_segment_is_a_function_of_seed_and_piece(runs, tmp_path):
         ("first_latent=drop", "use one of keep, mask, reencode"),
         ("horizon=20", "horizon is 20; it must be a multiple of the chunk"),
         ("horizon=3", "horizon is 3, shorter than the segment, 6"),
+        ("clips=[4]", "clips is \\[4\\]; 4 must be a multiple of the chunk, 3, and go into the segment, 6"),
         ("overlap=6", "overlap is 6; it must be below the segment, 6"),
         ("beta=[1]", "beta is \\[1\\]; it must be two numbers above 0"),
     ],

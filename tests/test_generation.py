@@ -46,7 +46,7 @@ def test_the_architecture_is_read_from_the_loaded_model():
     assert five_b.channels == 48
 
 
-def generation_of(*, start=None, lead=0, frames=60, **changes):
+def generation_of(*, start=None, lead=0, frames=60, text=None, **changes):
     """Return a video over the tiny student, six chunks long, and a weak reference to its network."""
     model = wan()
     model.model.diffusion_model = tiny.network()
@@ -54,7 +54,7 @@ def generation_of(*, start=None, lead=0, frames=60, **changes):
     video = generation.Generation(
         model,
         generation.StudentConfig(**{name: getattr(CONFIG, name) for name in CONFIG.__slots__}),
-        embeddings=tiny.text(),
+        text=tiny.text() if text is None else text,
         geometry=geometry.VideoGeometry(width=32, height=32, frames=frames, lead=lead),
         settings=generation.RolloutSettings(window=6),
         seed=0,
@@ -274,7 +274,7 @@ def five_b(*, start=None, lead=0, frames=60):
     video = generation.Generation(
         model,
         FIVE_B,
-        embeddings=tiny.text(),
+        text=tiny.text(),
         geometry=shape,
         settings=generation.RolloutSettings(window=6),
         seed=0,

@@ -95,11 +95,27 @@ def test_an_update_does_not_depend_on_what_is_computed_together(settings):
 
 def test_videos_of_a_group_share_their_caption_and_differ_by_their_actions(settings):
     for same_start in (True, False):
-        first, second = Batch.draw(settings(f"same_start={str(same_start).lower()}"), 5)
+        first, second = Batch.draw(
+            settings(f"same_start={str(same_start).lower()}", "differ=all", "coarse=1"), 5
+        )
         assert len(set(first.captions)) == 1
         assert len(set(first.noise.actions)) == 4
         assert len(set(first.noise.starts)) == (1 if same_start else 4)
         assert not set(first.noise.starts) & set(second.noise.starts)
+
+
+def test_each_group_weighs_a_chunk_of_its_own_and_differs_there_alone(settings):
+    learner = Learner(settings("latent_frames=9", "chunk_share=0.1", "prompts=4"), torch.device("cpu"))
+    batches = Batch.draw(learner.settings, 0)
+    assert {len(batch.chosen) for batch in batches} == {1}
+    assert len({chunk for batch in batches for chunk in batch.chosen}) > 1
+    for batch in batches[:2]:
+        (chunk,) = batch.chosen
+        trace = learner.policy.play(batch.captions, batch.noise)
+        for earlier in range(chunk):
+            clean = trace.clean(earlier)
+            torch.testing.assert_close(clean, clean[:1].expand_as(clean))
+        assert trace.clean(chunk).std(0).max() > 0.01
 
 
 def test_groups_that_tell_nothing_change_nothing(settings):
@@ -143,6 +159,12 @@ def test_a_killed_run_goes_on_to_the_same_bits(settings, tmp_path):
         assert all(torch.equal(whole[kind][name], parts[kind][name]) for name in whole[kind])
 
 
+def test_groups_that_ranks_cannot_share_are_refused(settings, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="prompts is 2; the 4 ranks share them, so it must be a mul"):
+        settings()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -154,8 +176,12 @@ def test_a_killed_run_goes_on_to_the_same_bits(settings, tmp_path):
         ("dtype=float16", "dtype is 'float16'; use 'float32' or 'bfloat16'"),
         ("clip=0", "clip is 0.0; it must be above 0"),
         ("step_share=1.5", "step_share is 1.5; it must be above 0 and at most 1"),
+        ("coarse=0", "coarse is 0; it must be above 0"),
+        (["coarse=2", "differ=all"], "coarse is 2, and differ is 'all'; set differ=weighed"),
+        ("differ=some", "differ is 'some'; use 'weighed' or 'all'"),
+        ("loop.effective_batch=4", "loop.effective_batch is 4; here it is prompts x group, 8"),
     ],
 )
 def test_impossible_settings_are_refused(settings, change, message):
     with pytest.raises(ConfigError, match=message):
-        settings(change)
+        settings(*([change] if isinstance(change, str) else change))

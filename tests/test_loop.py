@@ -2,6 +2,8 @@
 
 import json
 import logging
+import re
+import signal
 from dataclasses import replace
 
 import pytest
@@ -193,6 +195,41 @@ def test_numbers_reach_tensorboard_and_the_log(tmp_path):
     assert {"loss", "norm", "seconds", "drift"} <= set(board.Tags()["scalars"])
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert board.Scalars("loss")[0].value == pytest.approx(lines[0]["loss"])
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_ctrl_c_and_sigterm_save_and_stop_between_two_updates(tmp_path, name, capsys):
+    trained = Trained(Toy(), OptimiserSettings(lr=0.1), updates=5)
+    loop = settings(tmp_path, save_seconds=1000.0)
+
+    def step(iteration):
+        if iteration == 2:
+            signal.raise_signal(getattr(signal, name))
+        x = torch.ones(2, 6)
+        return descend(trained, [Loss(error_of(trained.module, x))], iteration, count=1)
+
+    before = signal.getsignal(getattr(signal, name))
+    with pytest.raises(SystemExit, match="stopped at iteration 3 of 5; run again to continue"):
+        run(loop, {"model": trained}, step, lambda path: None, recipe=Recipe(loop=loop))
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["done"] == 3
+    assert signal.getsignal(getattr(signal, name)) is before
+    # Progress: done and planned updates, the time taken and the time left.
+    assert re.search(r"3/5 \[\d\d:\d\d<[\d:]+", capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_numbers_reach_weights_and_biases_and_a_resumed_run_is_the_same_one(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for iterations in (20, 40):
+        loop = settings(tmp_path, effective_batch=8, iterations=iterations, wandb="mine", sample_every=100)
+        train(Recipe(loop=loop))
+    name = (tmp_path / "wandb_id").read_text()
+    written = [path.read_bytes() for path in tmp_path.glob(f"wandb/offline-run-*/run-{name}.wandb")]
+    assert len(written) == 2
+    for file in written:
+        assert all(word in file for word in (b"mine", b"optimiser.lr", b"loss", b"norm", b"drift"))
 
 
 def test_without_tensorboard_the_log_is_kept_and_the_rest_is_told(tmp_path, monkeypatch, caplog):

@@ -1,7 +1,10 @@
 """Several ranks train as one: the same numbers, states that any number of them continues, a clear end."""
 
+import contextlib
+import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,27 +15,35 @@ from pathlib import Path
 import pytest
 import torch
 from ranked import Recipe, train
+from stage_runs import begin, plant
 
-from training.config import ConfigError
+from training.config import ConfigError, load
 from training.loop import LoopSettings
 from training.parallel import Pieces
 from training.state import newest, read_averaged
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = str(ROOT / "tests" / "ranked.py")
+STAGES = str(ROOT / "tests" / "stage_runs.py")
 PLACE = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 
 
 def start(ranks, out, *, loop, **options):
-    """Start the toy's training on some ranks without torchrun's watching process, which costs seconds."""
+    """Start the toy's training on some ranks."""
+    return launch(ranks, [PROGRAM, str(out), json.dumps({"loop": loop, **options})])
+
+
+def launch(ranks, words):
+    """Start a program on some ranks without torchrun's watching process, which costs seconds."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    words = [sys.executable, PROGRAM, str(out), json.dumps({"loop": loop, **options})]
     place = {**PLACE, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
         subprocess.Popen(
-            words, env={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE
+            [sys.executable, *words],
+            env={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
         )
         for rank in range(ranks)
     ]
@@ -118,6 +129,78 @@ def test_one_rank_told_to_stop_stops_all_at_the_same_update(tmp_path):
     assert stops == {f"stopped at iteration {done} of 100000; run again to continue."}
 
 
+FOUR = ["batch=1", "loop.effective_batch=4", "loop.sample_every=1000", "loop.save_seconds=1000"]
+HELD = ["student.hold=1.0", "critic.hold=1.0"]
+RANKED = {
+    "ode": ("ode", [*FOUR, "optimiser.hold=1.0"]),
+    "dmd": ("dmd", [*FOUR, *HELD]),
+    "streaming": ("streaming", [*FOUR, *HELD]),
+    "grpo": ("grpo", ["prompts=4", "loop.sample_every=1000", "optimiser.hold=1.0"]),
+}
+"""Stage and what is changed of its smoke run, by the name of the run."""
+
+
+def program(place, *changes, names=tuple(RANKED)):
+    """Return the program that runs stages, writing to folders that begin with ``place``."""
+    runs = [
+        [RANKED[name][0], None, [*RANKED[name][1], f"loop.out={place}_{name}", *changes]] for name in names
+    ]
+    return [STAGES, json.dumps(runs)]
+
+
+def follow(one, other, part="model"):
+    """Check that two runs moved the same way, up to the order of sums."""
+    one, other = (read_averaged(Path(out, "last.pt"), name=part) for out in (one, other))
+    begun = read_averaged(Path("runs/smoke/causal/last.pt"))
+    moved, apart = (
+        torch.stack([(one[name] - by[name]).double().square().sum() for name in one]).sum().sqrt()
+        for by in (begun, other)
+    )
+    assert moved > 0
+    assert apart < 1e-3 * moved
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    """A folder in which the stages from the causal initialisation on can run."""
+    monkeypatch.chdir(tmp_path)
+    plant()
+    with contextlib.redirect_stderr(io.StringIO()):
+        begin("pairs")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("planted")
+def test_two_ranks_of_a_stage_train_as_one():
+    for ranks, place in ((1, "whole"), (2, "ranks")):
+        codes, told = end(launch(ranks, program(place, "loop.iterations=3")))
+        assert codes == [0] * ranks, told
+    for name in RANKED:
+        assert newest(Path(f"ranks_{name}/last.pt")).name == "last-000003"
+        for part in ("model", "critic")[: 2 if name in ("dmd", "streaming") else 1]:
+            follow(f"whole_{name}", f"ranks_{name}", part)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("planted")
+def test_what_two_ranks_of_a_stage_began_goes_on_on_one_and_on_four():
+    """With the videos that were being streamed, which every rank kept for itself."""
+    names = ("streaming", "grpo")
+    for ranks, place, iterations in ((1, "whole", 6), (2, "four", 3)):
+        codes, told = end(launch(ranks, program(place, f"loop.iterations={iterations}", names=names)))
+        assert codes == [0] * ranks, told
+    for name in names:
+        shutil.copytree(f"four_{name}", f"one_{name}")
+    kept = sorted(path.name for path in Path("one_streaming/last-000003").glob("own-*"))
+    assert kept == ["own-0.pt", "own-1.pt"]
+    for ranks, place in ((1, "one"), (4, "four")):
+        codes, told = end(launch(ranks, program(place, "loop.iterations=6", names=names)))
+        assert codes == [0] * ranks, told
+        assert not any("new ones begin" in text for text in told)
+        for name in names:
+            follow(f"whole_{name}", f"{place}_{name}")
+
+
 def test_the_pieces_of_all_ranks_are_those_of_one(monkeypatch):
     whole = [piece for iteration in range(3) for piece in Pieces(batch=2, effective=8).of(iteration)]
     assert whole == list(range(12))
@@ -132,3 +215,12 @@ def test_the_pieces_of_all_ranks_are_those_of_one(monkeypatch):
         ConfigError, match=r"effective_batch is 6; with 2 ranks and batch 2 it must be a multi"
     ):
         Pieces(batch=2, effective=6, ranks=2)
+
+
+def test_the_autoencoder_trains_in_one_process_and_says_so(monkeypatch):
+    from training.train_autoencoder import Settings
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = str(ROOT / "training" / "configs" / "demo_autoencoder.toml")
+    with pytest.raises(ConfigError, match="trains in one process, and torchrun started 2; use python -m"):
+        load(Settings, [config], stage="train_autoencoder")

@@ -23,6 +23,7 @@ from training.policy import (
     group_advantages,
     log_ratio,
     record,
+    square_means,
     surrogate,
 )
 
@@ -52,6 +53,42 @@ def test_a_video_is_a_function_of_its_own_seeds():
         assert torch.equal(both[1:], alone)
         assert torch.equal(alone, own.draw((1, 3, 4), chunk=5, step=step, like=LIKE))
         assert not torch.equal(both[:1], alone)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_videos_of_a_group_differ_by_the_chosen_actions_alone(mirrored):
+    noise = VideoNoise((1, 1, 1, 1), (2, 3, 4, 5)).apart({1: [2]}, mirrored=mirrored)
+    drawn = {
+        (chunk, step): noise.draw((4, 16, 3, 4, 6), chunk=chunk, step=step, like=LIKE)
+        for chunk in range(3)
+        for step in range(4)
+    }
+    apart = {place for place, rows in drawn.items() if not all(torch.equal(rows[0], row) for row in rows[1:])}
+    # The action of step 2 is the noise of step 3.
+    assert apart == {(1, 3)}
+    rows = drawn[1, 3]
+    assert torch.equal(rows[1], -rows[0]) == torch.equal(rows[3], -rows[2]) == mirrored
+    assert not torch.equal(rows[0].abs(), rows[2].abs())
+    for place, row in drawn.items():
+        assert abs(float(row.std()) - 1) < 0.05, place
+    parts = [
+        noise.part(slice(first, first + 2)).draw((2, 16, 3, 4, 6), chunk=1, step=3, like=LIKE)
+        for first in (0, 2)
+    ]
+    assert torch.equal(torch.cat(parts), rows)
+
+
+@pytest.mark.parametrize("side", [2, 4, 8])
+def test_videos_can_differ_by_the_coarse_part_of_an_action_alone(side):
+    noise = VideoNoise((1, 1), (2, 3)).apart({0: [1]}, mirrored=True, coarse=side)
+    rows = noise.draw((2, 64, 6, 8, 10), chunk=0, step=2, like=LIKE)
+    apart = rows[0] - rows[1]
+    torch.testing.assert_close(square_means(apart[None], side)[0], apart)
+    assert apart.abs().max() > 0.1
+    # Both are plain noise: of unit variance, and independent between neighbours.
+    for row in rows:
+        assert abs(float(row.std()) - 1) < 0.02
+        assert abs(float((row[..., 1:] * row[..., :-1]).mean())) < 0.02
 
 
 def test_the_trace_makes_every_state_again_to_the_bit():

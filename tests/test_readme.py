@@ -63,7 +63,7 @@ def test_the_two_commands_stand_in_it():
 @pytest.mark.parametrize("line", [line for line in commands() if " generate " in line])
 def test_every_generate_command_is_understood(line):
     words = shlex.split(line)
-    commands = dict.fromkeys(("generate", "decode", "info"), print)
+    commands = dict.fromkeys(("generate", "decode", "report", "info"), print)
     arguments = parser(commands, version="0").parse_args(words[words.index("generate") :])
     assert arguments.out.endswith(".mp4")
     known = {word for group in groups().values() for word in group}

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ def smoked(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with contextlib.chdir(folder), contextlib.redirect_stderr(io.StringIO()):
         for name in STAGES:
-            sampled = name in ("autoencoder", "teacher", "pairs")
+            sampled = name in ("autoencoder", "teacher", "causal", "pairs", "grpo")
             begin(name, *([] if sampled else ["loop.sample_every=1000"]))
     return folder
 
@@ -58,11 +59,17 @@ def same(a, b):
 def test_smoke_runs_every_stage_after_the_other_in_folders_of_their_own(smoked):
     assert sorted(path.name for path in (smoked / "runs").iterdir()) == ["smoke"]
     runs = {path.name for path in (smoked / "runs/smoke").iterdir()}
-    assert runs == {"autoencoder", "teacher", "latents.safetensors", "causal", "pairs", "ode", "self_forcing"}
-    for name in runs - {"pairs", "latents.safetensors"}:
+    trained = {"autoencoder", "teacher", "causal", "ode", "self_forcing", "streaming", "grpo"}
+    assert runs == trained | {"latents.safetensors", "pairs"}
+    for name in trained:
         assert torch.load(smoked / "runs/smoke" / name / "last.pt", weights_only=True)["done"] == 3
     assert (smoked / "runs/smoke/teacher/sample_000003.png").exists()
     assert (smoked / "runs/smoke/autoencoder/autoencoder.safetensors").exists()
+    for name in ("causal", "grpo"):
+        videos = {path.name for path in (smoked / "runs/smoke" / name).glob("*.mp4")}
+        assert {path.rpartition("_")[2] for path in videos} == {"1s.mp4", "2s.mp4"}
+        *_, last = (smoked / "runs/smoke" / name / "log.jsonl").read_text().splitlines()
+        assert json.loads(last)["2s/luma_drift"] >= 0
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -79,7 +86,8 @@ def test_ten_updates_equal_four_and_six_after_a_power_failure(place, name):
 @pytest.mark.parametrize("name", TRAINED)
 def test_ten_updates_equal_four_and_six_after_a_real_kill(place, name):
     begin(name, *options(f"{name}_unharmed"))
-    words = [sys.executable, str(ROOT / "tests" / "stage_runs.py"), name, "4", *options(f"{name}_killed")]
+    runs = json.dumps([[name, 4, options(f"{name}_killed")]])
+    words = [sys.executable, str(ROOT / "tests" / "stage_runs.py"), runs]
     place_of_modules = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     killed = subprocess.run(words, env={**os.environ, "PYTHONPATH": place_of_modules}, capture_output=True)
     assert killed.returncode == -9, killed.stderr

@@ -13,10 +13,12 @@ from torch import nn
 
 from sfpp_core.config import StudentConfig
 from training.config import ConfigError, build, load
+from training.encode_prompts import EncodeSettings
 from training.evaluate import EvaluateSettings
 from training.export import ExportSettings
 from training.loop import LoopSettings, OptimiserSettings, Trained, run
 from training.make_ode_pairs import PairSettings
+from training.reproduction.settings import ReproduceSettings
 from training.teacher import DemoModel, Guided, trajectory
 from training.train_autoencoder import Settings as AutoencoderSettings
 from training.train_causal import CausalSettings
@@ -37,6 +39,16 @@ KINDS = {
     "demo_export": ExportSettings,
     "demo_evaluate": EvaluateSettings,
     "demo_grpo": GrpoSettings,
+    "wan_prompts": EncodeSettings,
+    "wan_ode_pairs": PairSettings,
+    "wan_ode": OdeSettings,
+    "wan_1_3b_8gpu": DmdSettings,
+    "wan_1_3b_1gpu": DmdSettings,
+    "wan_1_3b_lora_24gb": DmdSettings,
+    "wan_grpo": GrpoSettings,
+    "wan_export": ExportSettings,
+    "reproduce_cpu": ReproduceSettings,
+    "reproduce_gpu": ReproduceSettings,
 }
 
 

@@ -17,6 +17,7 @@ NODES = schemas()
 SURFACE = {
     "SFPPLoadStudent": (["student", "weights", "preset"], ["MODEL"]),
     "SFPPLoadDemo": ([], ["CLIP", "VAE"]),
+    "SFPPPromptSchedule": (["clip", "text", "switch"], ["CONDITIONING"]),
     "SFPPCacheSettings": (["window", "sink", "sink_positions", "storage"], ["SFPP_CACHE"]),
     "SFPPLongSampler": (
         ["model", "conditioning", "width", "height", "seconds", "video_seed", "cache", "start"],
@@ -25,6 +26,10 @@ SURFACE = {
     "SFPPDecodeToVideo": (
         ["samples", "filename_prefix", "enlarge", "image_seconds", "vae", "decoder", "tile"],
         ["VIDEO", "IMAGE"],
+    ),
+    "SFPPDriftReport": (
+        ["filename_prefix", "chunk_frames", "images_fps", "first_chunk_frames", "video", "images"],
+        ["STRING", "IMAGE"],
     ),
 }
 """Saved workflows refer to nodes by these names; they never change."""

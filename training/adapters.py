@@ -55,6 +55,9 @@ def add_adapters(module: nn.Module, settings: LoraSettings) -> None:
     config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha or settings.rank, target_modules=chosen)  # type: ignore[arg-type]
     module.requires_grad_(False)
     inject_adapter_in_model(config, module)
+    for parameter in module.parameters():
+        if parameter.requires_grad:  # PEFT makes them as narrow as the weights, too narrow for small steps
+            parameter.data = parameter.data.float()
 
 
 def export_adapters(

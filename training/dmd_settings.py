@@ -1,18 +1,24 @@
 """Settings of distribution matching: Self-Forcing, Self-Forcing++ and the streaming mode."""
 
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import ClassVar, get_args
 
 from sfpp_core.config import RolloutSettings
 from training.config import ConfigError
 from training.first_latent import FirstLatent
 from training.loop import LoopSettings, OptimiserSettings
+from training.models import VideoSettings
 from training.segments import BackwardNoise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DmdSettings:
     """Settings of the distribution-matching stage."""
+
+    SMOKE: ClassVar = (
+        "batch=2", "warmup=1", "every=2", "segment=6", "clips=[6, 3]", "horizon=9",
+        "loop.sample_seconds=[1, 2]",
+    )  # fmt: skip
 
     loop: LoopSettings
     """Length and bookkeeping; an iteration is one rollout."""
@@ -24,13 +30,14 @@ class DmdSettings:
     """How the critic is updated."""
 
     teacher_run: str
-    """``last.pt`` of the teacher, which the critic starts from too."""
+    """``last.pt`` of the teacher, which the critic starts from too; for Wan also a published checkpoint."""
 
     student_run: str
-    """``last.pt`` of the stage the student starts from."""
+    """``last.pt`` of the stage the student starts from; for Wan also a published checkpoint."""
 
     autoencoder: str
-    """Weights of the demo autoencoder: for the sample sheets, and to encode a first latent frame again."""
+    """Weights of the autoencoder: for the sample sheets, and to encode a first latent frame again. For Wan
+    also a tiny decoder or ``preview``, which only show, or nothing."""
 
     scores: str = "causal"
     """``causal``: teacher and critic judge each chunk given the segment's chunks before it.
@@ -45,6 +52,11 @@ class DmdSettings:
 
     segment: int = 21
     """Latent frames the teacher scores: its own horizon."""
+
+    clips: tuple[int, ...] = ()
+    """Latent frames of the clips a segment is cut into for the teacher, one of these in each iteration; empty
+    is the whole segment. A causal teacher judges only the first chunk of a clip without a past: in short
+    clips it tells more chunks' exposure."""
 
     streaming: bool = False
     """Go on with one rollout from update to update, instead of beginning another in each."""
@@ -105,6 +117,13 @@ class DmdSettings:
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """How the student is rolled out."""
 
+    student_loras: tuple[str, ...] = ()
+    """LoRAs merged into a published checkpoint the student starts from, each ``FILE`` or
+    ``FILE:STRENGTH``."""
+
+    video: VideoSettings = field(default_factory=VideoSettings)
+    """Wan's prompts and sizes; without them it is the demo's world."""
+
     def __post_init__(self) -> None:
         kinds = {
             "scores": ("causal", "bidirectional"),
@@ -114,6 +133,13 @@ class DmdSettings:
         for name, known in kinds.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(known)}.")
+        self._check_lengths()
+        self._check_video()
+        if len(self.beta) != 2 or min(self.beta) <= 0:
+            raise ConfigError(f"beta is {list(self.beta)}; it must be two numbers above 0, e.g. [1, 1].")
+
+    def _check_lengths(self) -> None:
+        """Refuse lengths that do not fit into each other."""
         for name in ("horizon", "segment", "overlap"):
             if getattr(self, name) % self.rollout.chunk:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be a multiple of the chunk.")
@@ -121,5 +147,22 @@ class DmdSettings:
             raise ConfigError(f"horizon is {self.horizon}, shorter than the segment, {self.segment}.")
         if not 0 <= self.overlap < self.segment:
             raise ConfigError(f"overlap is {self.overlap}; it must be below the segment, {self.segment}.")
-        if len(self.beta) != 2 or min(self.beta) <= 0:
-            raise ConfigError(f"beta is {list(self.beta)}; it must be two numbers above 0, e.g. [1, 1].")
+        for clip in self.clips:
+            if clip % self.rollout.chunk or self.segment % clip:
+                raise ConfigError(
+                    f"clips is {list(self.clips)}; {clip} must be a multiple of the chunk, "
+                    f"{self.rollout.chunk}, and go into the segment, {self.segment}, without a rest."
+                )
+
+    def _check_video(self) -> None:
+        """Refuse what Wan or the demo cannot do."""
+        if self.video.is_wan and self.first_latent == "reencode" and not self.autoencoder:
+            raise ConfigError(
+                "first_latent is 'reencode', which needs an autoencoder, and autoencoder is empty; name "
+                "Wan2.1_VAE, or set first_latent to 'mask' or 'keep'."
+            )
+        if not self.video.is_wan and (self.student_loras or not self.autoencoder):
+            raise ConfigError(
+                "video.prompts is empty, so this is the demo's world: it takes no student_loras and needs "
+                "its autoencoder. For Wan, set video.prompts to the folder of training.encode_prompts."
+            )

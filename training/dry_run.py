@@ -26,6 +26,21 @@ class Plan:
     held: Mapping[str, int] = field(default_factory=dict)
     """Bytes it holds on every rank beside what is trained, by name: frozen models, caches, activations."""
 
+    operations: Mapping[str, float] = field(default_factory=dict)
+    """Operations of one iteration on each rank, by what they are for."""
+
+    narrow: bool = False
+    """Whether gathered weights are bfloat16, as on a GPU, where this machine has none."""
+
+    teraflops: float = 0.0
+    """Operations per second of one device, in 1e12, for the expected time; 0 is unknown."""
+
+    @property
+    def pace(self) -> float | None:
+        """Seconds per iteration at that speed, if it is known."""
+        total = sum(self.operations.values())
+        return total / (1e12 * self.teraflops) if total and self.teraflops else None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
@@ -49,11 +64,17 @@ class Memory:
         return self.weights + self.gradients + self.optimisers + self.averaged
 
 
-def forecast(trained: Trained[Any], ranks: int) -> Memory:
-    """Return the bytes one of ``ranks`` holds for ``trained``. Activations are not part of it."""
+def forecast(trained: Trained[Any], ranks: int, *, narrow: bool = False) -> Memory:
+    """Return the bytes one of ``ranks`` holds for ``trained``. Activations are not part of it.
+
+    Args:
+        trained: The module.
+        ranks: Processes that share the work.
+        narrow: Gathered weights are bfloat16 even if this machine has no GPU.
+    """
     matrices = {id(p) for group in _matrix_groups(trained) for p in group["params"]}
     whole_bytes = sharded_bytes = frozen = states = 0
-    gathered = 2 if torch.cuda.is_available() else _FLOAT32
+    gathered = 2 if narrow or torch.cuda.is_available() else _FLOAT32
     for parameter in trained.module.parameters():
         numbers = parameter.numel()
         if not parameter.requires_grad:
@@ -93,7 +114,7 @@ def report(
     for name, shape in plan.shapes.items():
         lines.append(f"  {name}: {tuple(shape)}")
     for name, part in parts.items():
-        memory = forecast(part, ranks)
+        memory = forecast(part, ranks, narrow=plan.narrow)
         total += memory.total
         counted = [p.numel() for p in part.module.parameters()]
         moved = sum(p.numel() for p in part.module.parameters() if p.requires_grad)
@@ -102,14 +123,29 @@ def report(
             lines.append(f"    {what}: {in_words(getattr(memory, what))}")
     for name, held in plan.held.items():
         lines.append(f"  {name}: {in_words(held)} on each rank")
-    lines.append(f"  in all {in_words(total)} on each of {ranks} ranks, and what activations take")
+    rest = "at most" if any("activations" in name for name in plan.held) else "and what activations take"
+    lines.append(f"  in all {in_words(total)} on each of {ranks} ranks, {rest}")
     if (pieces := plan.pieces) is not None:
         lines.append(
             f"  effective batch {pieces.effective}: {pieces.ranks} ranks x {pieces.per_rank} pieces x "
             f"batch {pieces.batch}"
         )
-    lines.append(f"  {iterations:,} iterations, {_time(iterations, pace)}")
-    return lines
+    return [*lines, *_duration(plan, iterations, pace)]
+
+
+def _duration(plan: Plan, iterations: int, pace: float | None) -> list[str]:
+    """Return the lines about operations and time."""
+    lines = []
+    if plan.operations:
+        lines.append(
+            "  caches, activations and operations are counted as training/cost.py says, not measured"
+        )
+    for name, operations in plan.operations.items():
+        lines.append(f"  {name}: {operations / 1e12:,.0f}e12 operations per iteration on each rank")
+    told = f"  {iterations:,} iterations, {_time(iterations, pace or plan.pace)}"
+    if not pace and plan.pace:
+        told += f", if a device computes {plan.teraflops:g}e12 operations a second"
+    return [*lines, told]
 
 
 def _time(iterations: int, pace: float | None) -> str:

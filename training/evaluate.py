@@ -1,7 +1,7 @@
 """How right a demo student is, by the world's ground truth, at multiples of the teacher's horizon.
 
 Run ``python -m training.evaluate training/configs/demo_evaluate.toml [key=value ...]``: writes ``table.md``,
-``seconds.json`` and a contact sheet to the output folder.
+``seconds.json`` and a contact sheet to the output folder. Started again, it goes on with the next batch.
 """
 
 import json
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -19,20 +20,26 @@ from tqdm import tqdm
 
 from sfpp_core import demo
 from sfpp_core.config import RolloutSettings
-from sfpp_core.geometry import VideoGeometry
-from sfpp_core.sampler import LongSampler
-from sfpp_core.student import CausalStudent
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
-from training.config import load
+from training.config import ConfigError, load
+from training.measuring import COLUMNS, Measured, Roller, Shelf, fingerprint, write_json
 from training.sheets import sheet
 from training.teacher import LATENT_CLIP, DemoModel, load_demo_model, trajectory
-from training.world import FRAMES, SIZE, Scene, caption, render, sample_scene
+from training.world import FPS, FRAMES, Scene, caption, render, sample_scene
 from training.world_metrics import Second, clip_ok, measure, steady
+
+RESULT = "seconds.json"
+"""Name of the file of all measurements, in the output folder; written last."""
+
+SHOWN = 8
+"""Videos on the contact sheet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateSettings:
     """What is measured."""
+
+    SMOKE: ClassVar = ("prompts=2", "batch=2", "horizons=[1, 2]", "threads=1")
 
     out: str
     """Folder of the results."""
@@ -50,7 +57,7 @@ class EvaluateSettings:
     """Captions, each of a scene of its own; scenes no training stage has seen."""
 
     batch: int = 12
-    """Videos made together."""
+    """Videos made together; their noise follows from it."""
 
     horizons: tuple[int, ...] = (1, 4, 12)
     """Lengths measured, in multiples of the teacher's 81 frames."""
@@ -61,11 +68,31 @@ class EvaluateSettings:
     seed: int = 1_000_003
     """Of captions and noise."""
 
+    dtype: str = "float32"
+    """What the student computes in: ``float32``, or ``bfloat16`` as in training, twice as fast."""
+
     threads: int = 2
     """CPU threads of torch."""
 
+    device: str = "auto"
+    """Of the student: ``auto`` is the GPU if there is one."""
+
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """How the student is rolled out."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"dtype is {self.dtype!r}; use 'float32' or 'bfloat16'.")
+        if not self.horizons or min(self.horizons) < 1:
+            raise ConfigError(f"horizons is {list(self.horizons)}; name at least one, from 1, e.g. [1, 4].")
+        for name in ("prompts", "batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+
+    @property
+    def frames(self) -> int:
+        """Length of each video."""
+        return max(self.horizons) * FRAMES
 
 
 def scenes_of(settings: EvaluateSettings) -> list[tuple[Scene, str]]:
@@ -84,25 +111,43 @@ def decode(autoencoder: TinyAutoencoder, clips: Tensor) -> Tensor:
     return torch.cat([autoencoder.decode(part) for part in clips.split(3, dim=2)], dim=1)
 
 
-def student_videos(settings: EvaluateSettings, prompts: Sequence[str], frames: int) -> Iterator[Tensor]:
-    """Yield the student's videos ``(F, 3, H, W)``, one per prompt."""
-    if settings.student:
-        model = load_demo_model(Path(settings.student))
-        student, words = CausalStudent(model.network, model.config), model.words
-    else:
-        shipped = demo.load()
-        student, words = CausalStudent(shipped.network, shipped.config), shipped.words
-    autoencoder = TinyAutoencoder.load(Path(settings.autoencoder))
-    geometry = VideoGeometry(height=SIZE, width=SIZE, frames=frames, chunk=settings.rollout.chunk)
+def recipe_of(settings: EvaluateSettings) -> dict[str, str]:
+    """Return all that the measurements of a student's video follow from, beside its caption.
+
+    Raises:
+        ConfigError: A file of weights is missing.
+    """
+    student = Path(settings.student) if settings.student else Path(demo.__file__).parent / demo.STUDENT
+    return {
+        "student": fingerprint(student),
+        "autoencoder": fingerprint(Path(settings.autoencoder)),
+        "rollout": json.dumps(asdict(settings.rollout)),
+        "frames": str(settings.frames),
+        **{name: str(getattr(settings, name)) for name in ("batch", "seed", "dtype")},
+    }
+
+
+def student_videos(settings: EvaluateSettings, prompts: Sequence[str]) -> Iterator[Measured]:
+    """Yield the measurements of the student's videos by batch: from disk where they were made before."""
+    shelf = Shelf(Path(settings.out) / "videos", recipe_of(settings))
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    roller: Roller | None = None
     for first in tqdm(range(0, len(prompts), settings.batch), desc="student"):
-        sampler = LongSampler(
-            student=student, geometry=geometry, settings=settings.rollout, seed=settings.seed + first
-        )
-        with torch.inference_mode():
-            embeddings = words(prompts[first : first + settings.batch])
-        autoencoder.reset()
-        parts = [autoencoder.decode(clean) for clean in sampler.chunks(embeddings)]
-        yield from torch.cat(parts, dim=1)[:, :frames]
+        captions = prompts[first : first + settings.batch]
+        measured = shelf.get(first // settings.batch, captions)
+        if measured is None:
+            roller = roller or Roller(
+                settings.student,
+                settings.autoencoder,
+                settings.rollout,
+                device=torch.device(device),
+                half=settings.dtype == "bfloat16",
+            )
+            measured = roller.measure(captions, seed=settings.seed + first, frames=settings.frames)
+            shelf.put(first // settings.batch, measured)
+        yield measured
 
 
 def teacher_videos(settings: EvaluateSettings, prompts: Sequence[str]) -> Iterator[Tensor]:
@@ -154,25 +199,31 @@ def main(settings: EvaluateSettings) -> None:
     out.mkdir(parents=True, exist_ok=True)
     scenes = scenes_of(settings)
     prompts = [text for _, text in scenes]
-    longest = max(settings.horizons) * FRAMES
     sources: dict[str, Iterator[Tensor]] = {"truth": (render([scene], FRAMES)[0] for scene, _ in scenes)}
     if settings.teacher:
         sources["teacher"] = teacher_videos(settings, prompts)
-    sources["student"] = student_videos(settings, prompts, longest)
-    lines, seconds, shown = [header(settings.horizons)], {}, []
+    measured: dict[str, list[Sequence[Second]]] = {}
+    shown: list[tuple[str, Tensor]] = []
     for name, videos in sources.items():
-        measured = []
+        measured[name] = []
         for text, video in zip(prompts, videos, strict=True):
-            measured.append(measure(video, text))
-            if len(measured) <= 8 and name != "truth":
-                shown.append(
-                    (f"{name}: {text} ({len(video) / 16:.0f} s)", video[:: max(1, len(video) // 240)])
-                )
-        lines.append(row(name, measured, prompts, settings.horizons))
-        seconds[name] = [[asdict(second) for second in clip] for clip in measured]
+            measured[name].append(measure(video, text))
+            if len(measured[name]) <= SHOWN and name != "truth":
+                shown.append((f"{name}: {text} ({len(video) / FPS:.0f} s)", video))
+    measured["student"] = []
+    for part in student_videos(settings, prompts):
+        room = max(0, SHOWN - len(measured["student"]))
+        measured["student"].extend(part.seconds)
+        for text, strip in list(zip(part.captions, part.strips, strict=True))[:room]:
+            shown.append((f"student: {text} ({settings.frames / FPS:.0f} s)", strip / 255))
+    lines = [header(settings.horizons)]
+    lines += [row(name, seconds, prompts, settings.horizons) for name, seconds in measured.items()]
     (out / "table.md").write_text("\n".join(lines) + "\n")
-    (out / "seconds.json").write_text(json.dumps({"prompts": prompts, "seconds": seconds}))
-    sheet(shown, out / "sheet.png")
+    sheet(shown, out / "sheet.png", columns=COLUMNS)
+    seconds = {
+        name: [[asdict(second) for second in clip] for clip in clips] for name, clips in measured.items()
+    }
+    write_json(out / RESULT, {"recipe": recipe_of(settings), "prompts": prompts, "seconds": seconds})
     logging.info("%s", "\n".join(lines))
 
 

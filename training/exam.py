@@ -47,7 +47,7 @@ def examine(
     speeds_in: Speeds,
     settings: RewardSettings,
     path: Path,
-) -> None:
+) -> dict[str, float]:
     """Measure every video; write a sheet of the first ones, and the numbers beside it as JSON.
 
     Args:
@@ -56,6 +56,9 @@ def examine(
         speeds_in: Finds the flow, whatever the reward.
         settings: What its statistics are made with.
         path: The sheet, a .png file.
+
+    Returns:
+        The means over the videos, as in the JSON.
     """
     results, shown = [], []
     for video, text in made:
@@ -79,3 +82,4 @@ def examine(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps({"means": means, "rewards": rewards}, indent=1))
     sheet(shown, path)
+    return means

@@ -1,9 +1,10 @@
-"""From a training run to the files the pack ships: one student with its settings, and its words.
+"""From a training run to files that load: one student with its settings, its LoRA, or the demo and its words.
 
 Run ``python -m training.export training/configs/demo_export.toml [key=value ...]``.
 """
 
 import hashlib
+import json
 import logging
 import sys
 from dataclasses import dataclass, field
@@ -15,8 +16,12 @@ import torch
 from sfpp_core.checkpoint import save, save_words
 from sfpp_core.config import RolloutSettings
 from sfpp_core.demo import STUDENT, WORDS
-from training.config import load
+from training.adapters import LoraSettings, export_adapters
+from training.config import ConfigError, load
+from training.models import network_of
+from training.state import FILE, newest, read_averaged
 from training.teacher import load_demo_model
+from training.texts import DTYPES
 from training.world import WORD_GROUPS, WORLD_VERSION
 
 
@@ -33,19 +38,77 @@ class ExportSettings:
     """Name of the stage, e.g. ``ode``; shown wherever the student is used."""
 
     out: str = "sfpp_core/demo"
-    """Folder of the two files."""
+    """Folder of the demo's two files; for Wan the one file, ``.safetensors``."""
 
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """How the student was trained to be rolled out."""
 
+    dtype: str = "bfloat16"
+    """Of the file of a Wan, ``bfloat16`` or ``float32``; the demo's is float16."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype is {self.dtype!r}; use one of {', '.join(DTYPES)}.")
+
 
 def main(settings: ExportSettings) -> None:
-    """Write the student in float16 and its words."""
+    """Write what the run trained: the demo, a Wan, or a LoRA for one."""
+    weights = read_averaged(Path(settings.run) / FILE)
+    if "words.table.weight" in weights:
+        export_demo(settings)
+        return
+    out = Path(settings.out)
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"out is {out}; a student of Wan is one file: name it, e.g. student.safetensors.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if any(".lora_" in name for name in weights):
+        export_adapters(weights, out, lora_of(Path(settings.run)), dtype=DTYPES[settings.dtype])
+    else:
+        network, config = network_of(weights)
+        notes = {"log": _digest(Path(settings.run))}
+        dtype, rollout = DTYPES[settings.dtype], settings.rollout
+        save(out, network, config, rollout, stage=settings.stage, dtype=dtype, notes=notes)
+    logging.info("wrote %s", out)
+
+
+def lora_of(run: Path) -> LoraSettings:
+    """Return the adapters that a run trained, as its recipe says.
+
+    Raises:
+        ConfigError: Its saved state says nothing of adapters.
+    """
+    recipe = read_recipe(run / FILE)
+    for part in ("student", "optimiser"):
+        if int(recipe.get(f"{part}.lora.rank", 0)):
+            rank, alpha = (recipe[f"{part}.lora.{name}"] for name in ("rank", "alpha"))
+            return LoraSettings(rank=int(rank), alpha=float(alpha))
+    raise ConfigError(
+        f"{run} holds adapters, and its settings say nothing of them; is it a run of a student?"
+    )
+
+
+def read_recipe(path: Path) -> dict[str, str]:
+    """Return the settings of a run by dotted name, as its ``last.pt`` tells them."""
+    found = newest(path)
+    if found is None:
+        raise ConfigError(f"{path} does not exist; run the stage that writes it first.")
+    if found.is_dir():
+        return json.loads((found / "notes.json").read_text())["recipe"]
+    return torch.load(found, map_location="cpu", weights_only=True, mmap=True)["recipe"]
+
+
+def _digest(run: Path) -> str:
+    """Return a digest of the log of a run."""
+    return hashlib.blake2b((run / "log.jsonl").read_bytes(), digest_size=8).hexdigest()
+
+
+def export_demo(settings: ExportSettings) -> None:
+    """Write the demo's student in float16 and its words."""
     run, out = Path(settings.run), Path(settings.out)
-    model = load_demo_model(run / "last.pt")
+    model = load_demo_model(run / FILE)
     notes = {
         "world": WORLD_VERSION,
-        "log": hashlib.blake2b((run / "log.jsonl").read_bytes(), digest_size=8).hexdigest(),
+        "log": _digest(run),
         "note": "A demonstration of the mechanism on a toy world; it says nothing about Wan.",
     }
     out.mkdir(parents=True, exist_ok=True)

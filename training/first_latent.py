@@ -8,11 +8,13 @@ say.
 Legend: B batch, C channels, T latent frames, H and W latent height and width, F frames.
 """
 
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from sfpp_core.geometry import TEMPORAL_STRIDE
 from training.segments import Rolled
 
 FirstLatent = Literal["keep", "mask", "reencode"]
@@ -36,42 +38,51 @@ class Pictures(Protocol):
         ...
 
 
-def as_clip(
-    rolled: Rolled, handling: FirstLatent, autoencoder: Pictures, *, masked: int
+def as_clips(
+    rolled: Rolled, handling: FirstLatent, autoencoder: Pictures | None, *, masked: int, length: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Return a segment as the teacher shall see it, and where the loss counts.
+    """Return a segment as the clips the teacher shall see, and where the loss counts.
 
     Args:
         rolled: The segment.
-        handling: What becomes of the first latent frame of a segment from the middle of a video.
-        autoencoder: Of the latents; used by ``reencode``.
-        masked: Latent frames at the start of such a segment on which there is no loss, but for ``keep``.
+        handling: What becomes of the first latent frame of a clip from the middle of a video.
+        autoencoder: Of the latents; only ``reencode`` needs one.
+        masked: Latent frames at the start of such a clip on which there is no loss, but for ``keep``.
+        length: Latent frames of a clip; the segment holds a whole number of clips, P.
 
     Returns:
-        The segment, ``(B, C, T, H, W)``, and ``None`` or a mask for ``losses.dmd_loss``, ``(1, 1, T, 1, 1)``.
+        The clips, ``(B * P, C, length, H, W)``, and ``None`` or a mask for ``losses.dmd_loss``,
+        ``(B * P, 1, length, 1, 1)``.
     """
-    clean, covered = rolled.clean, rolled.old
-    if rolled.before.shape[2] and handling != "keep":
-        covered = max(covered, masked)
+    clean, mask = rolled.clean, torch.ones_like(rolled.clean[:, :1, :, :1, :1])
+    mask[:, :, : rolled.old] = 0
+    begins = range(0 if rolled.before.shape[2] else length, clean.shape[2], length)
+    if begins and handling != "keep":
+        for begin in begins:
+            mask[:, :, begin : begin + masked] = 0
         if handling == "reencode":
-            first = _picture(rolled, autoencoder).to(clean)
-            clean = torch.cat((first, clean[:, :, 1:]), dim=2)
-    if not covered:
-        return clean, None
-    mask = torch.ones(1, 1, clean.shape[2], 1, 1, device=clean.device)
-    mask[:, :, :covered] = 0
-    return clean, mask
+            assert autoencoder is not None
+            places = torch.tensor(begins, device=clean.device)
+            clean = clean.index_copy(2, places, _pictures(rolled, begins, autoencoder).to(clean))
+    clips = clean.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
+    masks = mask.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
+    return clips, None if bool(mask.all()) else masks
 
 
 @torch.no_grad()
-def _picture(rolled: Rolled, autoencoder: Pictures) -> Tensor:
-    """Return the latent frame ``(B, C, 1, H, W)`` of the last frame in the segment's first latent frame.
+def _pictures(rolled: Rolled, begins: Sequence[int], autoencoder: Pictures) -> Tensor:
+    """Return ``(B, C, len(begins), H, W)``: the last frame of each of these latent frames, as a picture's.
 
     A decoder carries memory, so the latent frames right before are decoded for it.
     """
     autoencoder.reset()
-    seen = torch.cat((rolled.before, rolled.clean[:, :, :1].detach()), dim=2)
+    seen = torch.cat((rolled.before, rolled.clean[:, :, : begins[-1] + 1].detach()), dim=2)
     frames = autoencoder.decode(seen)
+    pictures = []
+    for begin in begins:
+        autoencoder.reset()
+        last = TEMPORAL_STRIDE * (rolled.before.shape[2] + begin)
+        # A copy: an encoder may run in inference mode, and its tensors cannot meet a gradient.
+        pictures.append(autoencoder.encode(frames[:, last : last + 1]).clone())
     autoencoder.reset()
-    # A copy: an encoder may run in inference mode, and its tensors cannot meet a gradient.
-    return autoencoder.encode(frames[:, -1:]).clone()
+    return torch.cat(pictures, dim=2)

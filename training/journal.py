@@ -1,8 +1,10 @@
 """What a run tells while it runs: a log of JSON lines, TensorBoard, and Weights & Biases if it is wanted."""
 
+import importlib
 import importlib.util
 import json
 import logging
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -101,11 +103,10 @@ def _open_board(out: Path, done: int) -> Any:
 
 def _open_wandb(out: Path, project: str, recipe: Mapping[str, str]) -> Any:
     """Return a run of Weights & Biases: the same one if the folder has one already."""
-    import wandb  # pyright: ignore[reportMissingImports] - by choice
-
+    wandb: Any = importlib.import_module("wandb")  # by choice: it need not be installed
     path = out / _WANDB_ID
     if not path.exists():
-        path.write_text(wandb.util.generate_id())
+        path.write_text(secrets.token_hex(8))
     return wandb.init(
         project=project, dir=str(out), id=path.read_text(), name=out.name, resume="allow", config=dict(recipe)
     )

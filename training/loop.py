@@ -35,7 +35,8 @@ Step = Callable[[int], Mapping[str, float]]
 """Makes the update of one iteration and returns the numbers worth logging."""
 
 Sample = Callable[[Path], Mapping[str, float] | None]
-"""Writes a sample sheet to a path; may return numbers measured on it. Called by every rank alike."""
+"""Writes a sample sheet to a path, and videos beside it; may return numbers measured on them, which are
+logged. Called by every rank alike."""
 
 LOG_EVERY = 20
 """Updates between lines of the log."""
@@ -63,6 +64,9 @@ class LoopSettings:
     sample_every: int = 500
     """Updates between sample sheets."""
 
+    sample_seconds: tuple[float, ...] = (5.0, 60.0)
+    """Lengths of the sample videos, where a stage makes some; drift is measured on each."""
+
     threads: int = 1
     """CPU threads of torch."""
 
@@ -82,6 +86,10 @@ class LoopSettings:
     """For a dry run's forecast of the time; 0 takes it from the log of an earlier run in ``out``."""
 
     def __post_init__(self) -> None:
+        if not self.sample_seconds or min(self.sample_seconds) <= 0:
+            raise ConfigError(
+                f"loop.sample_seconds is {list(self.sample_seconds)}; give lengths above 0, e.g. [5, 60]."
+            )
         if self.wandb and importlib.util.find_spec("wandb") is None:
             raise ConfigError(
                 f"loop.wandb is {self.wandb!r}, and the package is not installed: pip install wandb, or "
@@ -289,10 +297,10 @@ class _Run:
 _MAY_CHANGE = {
     f"loop.{name}"
     for name in (
-        "iterations", "threads", "device", "save_seconds", "sample_every", "out", "tensorboard", "wandb",
-        "dry_run", "seconds_per_update",
+        "iterations", "threads", "device", "save_seconds", "sample_every", "sample_seconds", "out",
+        "tensorboard", "wandb", "dry_run", "seconds_per_update",
     )
-}  # fmt: skip
+} | {"video.teraflops", "video.sample_prompts"}  # fmt: skip
 """Settings that may differ when a run is continued."""
 
 

@@ -1,4 +1,4 @@
-"""Stage 3 of the demo: trajectories of the teacher, the targets of the causal initialisation.
+"""Trajectories of a teacher, the targets of the causal initialisation: stage 3 of the demo; and for Wan.
 
 Each trajectory keeps the states at the student's own noise levels and the clean clip the teacher ends in.
 Run ``python -m training.make_ode_pairs training/configs/demo_ode_pairs.toml [key=value ...]``.
@@ -12,7 +12,9 @@ import json
 import logging
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,7 +25,10 @@ from tqdm import tqdm
 
 from sfpp_core.config import RolloutSettings
 from training.config import ConfigError, load
-from training.teacher import LATENT_CLIP, DemoModel, causal_trajectory, load_demo_model, trajectory
+from training.models import Model, VideoSettings, geometry_of, load_role, texts_of
+from training.state import FILE, newest
+from training.teacher import causal_trajectory, trajectory
+from training.texts import Texts
 from training.world import caption, sample_scene
 
 
@@ -31,8 +36,10 @@ from training.world import caption, sample_scene
 class PairSettings:
     """Settings of the pair stage."""
 
+    SMOKE: ClassVar = ("pairs=4", "batch=2", "steps=4", "threads=1")
+
     teacher: str
-    """``last.pt`` of the teacher's stage."""
+    """``last.pt`` of the teacher's stage; for Wan also a published checkpoint."""
 
     out: str
     """Folder of the pairs: one file per batch."""
@@ -61,6 +68,9 @@ class PairSettings:
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """The student's steps and shift, whose noise levels are kept; its chunk, window and sink."""
 
+    video: VideoSettings = field(default_factory=VideoSettings)
+    """Wan's prompts and sizes; without them it is the demo's world. Clips have 21 latent frames."""
+
     def __post_init__(self) -> None:
         if self.source not in ("causal", "bidirectional"):
             raise ConfigError(f"source is {self.source!r}; use 'causal' or 'bidirectional'.")
@@ -70,27 +80,33 @@ class PairSettings:
             )
 
 
-def captions_of(seed: int, batch: int, size: int) -> list[str]:
-    """Return the captions of one batch of pairs."""
+def captions_of(settings: PairSettings, batch: int, texts: Texts | None = None) -> list[str]:
+    """Return the captions of one batch of pairs: of the demo's world, or the next of ``texts``."""
+    size = settings.batch
+    if texts is not None:
+        return [texts.prompts[(batch * size + index) % len(texts.prompts)] for index in range(size)]
     captions = []
     for index in range(size):
-        rng = np.random.default_rng((seed, 1, batch, index))
+        rng = np.random.default_rng((settings.seed, 1, batch, index))
         captions.append(caption(sample_scene(rng), rng))
     return captions
 
 
-def make_batch(teacher: DemoModel, settings: PairSettings, batch: int) -> Tensor:
+def make_batch(teacher: Model, settings: PairSettings, batch: int) -> Tensor:
     """Return the states kept and the clean clip, ``(student steps + 1, B, C, T, H, W)``, float16."""
-    captions = captions_of(settings.seed, batch, settings.batch)
+    captions = captions_of(settings, batch, texts_of(teacher))
     seed = int(np.random.default_rng((settings.seed, 2, batch)).integers(2**63))
-    shape = (settings.batch, teacher.config.channels, *LATENT_CLIP)
+    clip = geometry_of(settings.video, teacher.config, chunk=settings.rollout.chunk)
+    shape = (settings.batch, teacher.config.channels, clip.latent_frames, *clip.chunk_shape[1:])
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     noise = noise.to(next(teacher.parameters()).device)
     every = settings.steps // settings.rollout.steps
     options = {"steps": settings.steps, "guidance": settings.guidance}
     with torch.autocast(noise.device.type, torch.bfloat16):
         if settings.source == "causal":
-            chunks = causal_trajectory(teacher, noise, captions, rollout=settings.rollout, **options)
+            chunks = causal_trajectory(
+                teacher, noise, captions, rollout=settings.rollout, clip=clip, **options
+            )
             states = torch.cat([torch.stack(chunk[::every]) for chunk in chunks], dim=3)
         else:
             path = trajectory(teacher, noise, captions, shift=settings.rollout.shift, **options)
@@ -98,24 +114,57 @@ def make_batch(teacher: DemoModel, settings: PairSettings, batch: int) -> Tensor
     return states.half().cpu()
 
 
-def identity(settings: PairSettings, batch: int) -> dict[str, str]:
+def identity(settings: PairSettings, batch: int, texts: Texts | None = None) -> dict[str, str]:
     """Return all that one file of pairs follows from; a file that says otherwise is made again."""
-    teacher = hashlib.blake2b(Path(settings.teacher).read_bytes(), digest_size=8).hexdigest()
-    skipped = ("out", "pairs", "threads")
-    recipe = {name: value for name, value in asdict(settings).items() if name not in skipped}
-    captions = captions_of(settings.seed, batch, settings.batch)
+    skipped = ["out", "pairs", "threads"] + ([] if settings.video.is_wan else ["video"])
+    recipe: dict[str, Any] = {name: value for name, value in asdict(settings).items() if name not in skipped}
+    if settings.video.is_wan:
+        recipe["video"] = {name: recipe["video"][name] for name in ("height", "width")}
+    path = Path(settings.teacher)
+    state = newest(path) if path.name == FILE else path
+    teacher = _digest(state if state and state.exists() else path, _stamp(state or path))
+    captions = captions_of(settings, batch, texts)
     return {"recipe": json.dumps({**recipe, "teacher": teacher}), "captions": json.dumps(captions)}
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Return size and time of a file or folder, which change when its content does."""
+    status = path.stat() if path.exists() else None
+    return (status.st_size, status.st_mtime_ns) if status else (0, 0)
+
+
+@cache
+def _digest(path: Path, stamp: tuple[int, int]) -> str:  # noqa: ARG001 - decides what is remembered
+    """Return a digest of a file, of all files of a folder, or of a name that stands for a model."""
+    digest = hashlib.blake2b(digest_size=8)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    for file in files:
+        with file.open("rb") as content:
+            while part := content.read(2**24):
+                digest.update(part)
+    if not files:
+        digest.update(str(path).encode())
+    return digest.hexdigest()
+
+
+def load_teacher(settings: PairSettings, texts: Texts | None, device: torch.device) -> Model:
+    """Return the teacher: Wan's in bfloat16 on a GPU, which computes in it anyway."""
+    narrow = settings.video.is_wan and device.type == "cuda"
+    dtype = torch.bfloat16 if narrow else torch.float32
+    teacher = load_role(settings.teacher, settings.video, texts, device=device, dtype=dtype)
+    return teacher.requires_grad_(False)
 
 
 def main(settings: PairSettings) -> None:
     """Make the pairs that are missing, or were made otherwise; a second start continues."""
     torch.set_num_threads(settings.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    teacher = load_demo_model(Path(settings.teacher)).to(device)
+    texts = settings.video.open_texts(dry_run=False)
+    teacher = load_teacher(settings, texts, device)
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     for batch in tqdm(range(-(-settings.pairs // settings.batch)), desc="trajectories"):
-        path, wanted = out / f"pairs_{batch:05d}.safetensors", identity(settings, batch)
+        path, wanted = out / f"pairs_{batch:05d}.safetensors", identity(settings, batch, texts)
         if path.exists() and _metadata(path) == wanted:
             continue
         partial = path.with_suffix(".partial")
@@ -130,40 +179,65 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 class Pairs:
-    """Batches of trajectories with their captions, each a function of seed and iteration."""
+    """Batches of trajectories with their captions, each a function of seed and iteration.
 
-    def __init__(self, folder: Path) -> None:
-        """Read every file of ``folder`` into memory.
+    They stay on disk: 16,000 of Wan at 832x480 are 336 GB.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
+        """Read what every file of ``folder`` says of itself.
+
+        Args:
+            folder: What ``make_ode_pairs`` wrote.
+            shape: Of one clip, ``(C, T, H, W)``.
 
         Raises:
-            ConfigError: There are no pairs, or they were not made with one set of settings.
+            ConfigError: There are no pairs, they were not made with one set of settings, or not of this
+                shape.
         """
         paths = sorted(folder.glob("pairs_*.safetensors"))
         if not paths:
             raise ConfigError(f"no pairs in {folder}; run training.make_ode_pairs first.")
         metadata = [_metadata(path) for path in paths]
+        self._wraps = "video" not in json.loads(metadata[0]["recipe"])
         if len({table["recipe"] for table in metadata}) > 1:
             raise ConfigError(
                 f"the pairs in {folder} were made with different settings; run make_ode_pairs again."
             )
-        self.states = torch.cat([load_states(path) for path in paths], dim=1)
-        self.captions = [text for table in metadata for text in json.loads(table["captions"])]
+        captions = [json.loads(table["captions"]) for table in metadata]
+        self.captions = [text for batch in captions for text in batch]
+        self._rows = [
+            (path, row) for path, batch in zip(paths, captions, strict=True) for row in range(len(batch))
+        ]
+        self.shape = tuple(load_states(*self._rows[0]).shape[1:])
+        """Shape of one clip, ``(C, T, H, W)``."""
+        if self.shape != shape:
+            raise ConfigError(
+                f"the pairs in {folder} are of shape {self.shape} and this stage wants {shape}; make pairs "
+                "of its size, or give it theirs: video.height and video.width."
+            )
 
     def batch(self, seed: int, iteration: int, size: int) -> tuple[Tensor, list[str], np.random.Generator]:
-        """Return states ``(steps + 1, B, C, T, H, W)``, captions, and a generator for the rest."""
+        """Return states ``(steps + 1, B, C, T, H, W)``, captions, and a generator for the rest.
+
+        The demo's world is a torus: its clips are moved at random.
+        """
         rng = np.random.default_rng((seed, 3, iteration))
-        picks = rng.integers(self.states.shape[1], size=size)
+        picks = rng.integers(len(self._rows), size=size)
         states = []
         for pick in picks.tolist():
-            move = tuple(int(rng.integers(side)) for side in self.states.shape[-2:])
-            states.append(self.states[:, pick].float().roll(move, (-2, -1)))
+            clip = load_states(*self._rows[pick]).float()
+            if self._wraps:
+                move = tuple(int(rng.integers(side)) for side in self.shape[-2:])
+                clip = clip.roll(move, (-2, -1))
+            states.append(clip)
         return torch.stack(states, dim=1), [self.captions[pick] for pick in picks], rng
 
 
-def load_states(path: Path) -> Tensor:
-    """Return the states of one file, ``(student_steps + 1, B, C, T, H, W)``."""
+def load_states(path: Path, row: int) -> Tensor:
+    """Return the states of one clip of a file, ``(student_steps + 1, C, T, H, W)``."""
     with safe_open(path, "pt") as file:
-        return file.get_tensor("states")
+        return file.get_slice("states")[:, row]
 
 
 if __name__ == "__main__":

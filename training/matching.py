@@ -12,17 +12,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sfpp_core.attention import matmul
 from sfpp_core.kv_cache import CacheShape
 from sfpp_core.noise import ChunkNoise
 from sfpp_core.schedule import FewStepSchedule
 from sfpp_core.student import BoundStudent, CausalStudent
-from training.first_latent import FirstLatent, Pictures, as_clip
+from training.first_latent import FirstLatent, Pictures, as_clips
 from training.losses import dmd_loss, velocity_loss
+from training.models import Model, attention_of
 from training.scores import Role, Scores, estimate
 from training.segments import BackwardNoise, Rolled, Segment, roll_segment
 from training.streaming import Stream
-from training.teacher import DemoModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +59,7 @@ class Matching:
 
     def __init__(
         self,
-        student: DemoModel,
+        student: Model,
         teacher: Role,
         critic: Role,
         *,
@@ -68,7 +67,7 @@ class Matching:
         schedule: FewStepSchedule,
         shape: CacheShape,
         options: RollOptions,
-        autoencoder: Pictures,
+        autoencoder: Pictures | None,
         guidance: float,
     ) -> None:
         """Take the three roles.
@@ -81,7 +80,7 @@ class Matching:
             schedule: The student's noise levels.
             shape: Size of its cache.
             options: How a segment is made and shown.
-            autoencoder: Of the latents.
+            autoencoder: Of the latents; ``None`` where no first latent frame is encoded again.
             guidance: Of the teacher, conventional scale.
         """
         self.student, self.teacher, self.critic = student, teacher, critic
@@ -90,9 +89,22 @@ class Matching:
         self.device = next(student.parameters()).device
 
     def roll(
-        self, captions: Sequence[str], noise: ChunkNoise, segment: Segment, chunk: tuple[int, int, int]
+        self,
+        captions: Sequence[str],
+        noise: ChunkNoise,
+        segment: Segment,
+        chunk: tuple[int, int, int],
+        clip: int,
     ) -> Shown:
-        """Return one segment of a new rollout; ``chunk`` is ``(T, H, W)`` of one chunk."""
+        """Return one segment of a new rollout, cut into clips.
+
+        Args:
+            captions: One per video.
+            noise: Of the rollout.
+            segment: What to make.
+            chunk: ``(T, H, W)`` of one chunk.
+            clip: Latent frames of each clip the roles judge.
+        """
         with torch.autocast(self.device.type, torch.bfloat16):
             rolled = roll_segment(
                 self.bound(captions),
@@ -104,10 +116,10 @@ class Matching:
                 dtype=torch.bfloat16,
                 backward_noise=self.options.backward_noise,
             )
-        return self._shown(rolled, captions)
+        return self._shown(rolled, captions, clip)
 
-    def stream(self, stream: Stream, exit_step: int, chunk: tuple[int, int, int]) -> Shown:
-        """Return the next segment of ``stream``; ``chunk`` is ``(T, H, W)`` of one chunk."""
+    def stream(self, stream: Stream, exit_step: int, chunk: tuple[int, int, int], clip: int) -> Shown:
+        """Return the next segment of ``stream``, cut into clips; see ``roll``."""
         captions = stream.captions
         with torch.autocast(self.device.type, torch.bfloat16):
             rolled = stream.roll(
@@ -117,7 +129,7 @@ class Matching:
                 like=self._like(captions, chunk),
                 backward_noise=self.options.backward_noise,
             )
-        return self._shown(rolled, captions)
+        return self._shown(rolled, captions, clip)
 
     def critic_loss(self, shown: Shown, generator: torch.Generator) -> Tensor:
         """Return the flow-matching error of the critic on the student's segment."""
@@ -146,7 +158,7 @@ class Matching:
         student = CausalStudent(
             model.network,
             model.config,
-            attend=matmul,
+            attend=attention_of(model),
             dtype=torch.bfloat16,
             checkpointing=self.options.checkpointing,
         )
@@ -156,8 +168,11 @@ class Matching:
         """Return a tensor like one chunk of latents."""
         return torch.empty(len(captions), self.student.config.channels, *chunk, device=self.device)
 
-    def _shown(self, rolled: Rolled, captions: Sequence[str]) -> Shown:
-        """Return ``rolled`` as teacher and critic shall see it."""
+    def _shown(self, rolled: Rolled, captions: Sequence[str], clip: int) -> Shown:
+        """Return ``rolled`` as teacher and critic shall see it, clip by clip."""
         options = self.options
-        clean, mask = as_clip(rolled, options.first_latent, self.autoencoder, masked=options.masked)
-        return Shown(clean=clean, mask=mask, captions=captions)
+        clean, mask = as_clips(
+            rolled, options.first_latent, self.autoencoder, masked=options.masked, length=clip
+        )
+        each = len(clean) // len(captions)
+        return Shown(clean=clean, mask=mask, captions=[text for text in captions for _ in range(each)])

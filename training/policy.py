@@ -11,7 +11,7 @@ G videos of one prompt.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -32,7 +32,10 @@ Chosen = Mapping[int, Sequence[int]]
 
 @dataclass(frozen=True, slots=True)
 class VideoNoise:
-    """Noise of several videos, each a function of its own seed and not of what it is batched with."""
+    """Noise of several videos, each a function of its own seed and not of what it is batched with.
+
+    Each is standard normal noise, whatever it shares with the others.
+    """
 
     starts: tuple[int, ...]
     """Seed of what each video starts from, in every chunk."""
@@ -40,11 +43,64 @@ class VideoNoise:
     actions: tuple[int, ...]
     """Seed of what is added to each video between steps."""
 
+    shared: int | None = None
+    """Seed of what is added to all of them, but for the actions in ``chosen``."""
+
+    chosen: Chosen = field(default_factory=dict)
+    """Steps whose actions the videos do not share, by chunk."""
+
+    signs: tuple[int, ...] = ()
+    """1, or -1 for a video that takes its seed's noise the other way round; none is all 1."""
+
+    coarse: int = 1
+    """Side in latent cells of the squares over whose means alone the videos differ."""
+
+    def apart(self, chosen: Chosen, *, mirrored: bool, coarse: int = 1) -> "VideoNoise":
+        """Return noise by which the videos differ in the ``chosen`` actions alone.
+
+        Args:
+            chosen: Steps by chunk.
+            mirrored: Give every second video the opposite of what another before it differs by.
+            coarse: Side in latent cells of squares: the videos differ by the means over these alone.
+        """
+        videos = len(self.actions)
+        actions = self.actions
+        if mirrored:
+            actions = tuple(actions[video - video % 2] for video in range(videos))
+        signs = tuple(-1 if mirrored and video % 2 else 1 for video in range(videos))
+        return replace(
+            self, actions=actions, shared=self.actions[0], chosen=chosen, signs=signs, coarse=coarse
+        )
+
+    def part(self, rows: slice) -> "VideoNoise":
+        """Return the noise of some of the videos."""
+        return replace(self, starts=self.starts[rows], actions=self.actions[rows], signs=self.signs[rows])
+
     def draw(self, shape: tuple[int, ...], *, chunk: int, step: int, like: Tensor) -> Tensor:
         """Return standard normal noise of ``shape``, ``(B, C, T, H, W)``, like ``like``."""
-        seeds = self.actions if step else self.starts
-        one = (1, *shape[1:])
-        return torch.cat([ChunkNoise(seed).draw(one, chunk=chunk, step=step, like=like) for seed in seeds])
+
+        def drawn(seed: int) -> Tensor:
+            return ChunkNoise(seed).draw((1, *shape[1:]), chunk=chunk, step=step, like=like)
+
+        if not step or self.shared is None:
+            return torch.cat([drawn(seed) for seed in (self.actions if step else self.starts)])
+        shared = drawn(self.shared)
+        # The noise of step k + 1 is the action of step k.
+        if step - 1 not in self.chosen.get(chunk, ()):
+            return shared.expand(shape).contiguous()
+        own = torch.cat([sign * drawn(seed) for sign, seed in zip(self.signs, self.actions, strict=True)])
+        if self.coarse == 1:
+            return own
+        # The means over squares and what is left without them are independent: the sum is plain noise again.
+        return shared - square_means(shared, self.coarse) + square_means(own, self.coarse)
+
+
+def square_means(x: Tensor, side: int) -> Tensor:
+    """Return ``(B, C, T, H, W)`` with each square of ``side`` cells, cut at the edges, set to its mean."""
+    rows, columns = x.shape[-2:]
+    means = torch.nn.functional.avg_pool2d(x.flatten(0, 2), side, ceil_mode=True, count_include_pad=False)
+    whole = means.repeat_interleave(side, -2).repeat_interleave(side, -1)
+    return whole[..., :rows, :columns].reshape(x.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

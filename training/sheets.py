@@ -3,17 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-
-from sfpp_core.config import RolloutSettings
-from sfpp_core.geometry import FPS, VideoGeometry
-from sfpp_core.sampler import LongSampler
-from sfpp_core.student import CausalStudent
-from sfpp_core.tiny_autoencoder import TinyAutoencoder
-from training.teacher import SAMPLE_PROMPTS, DemoModel
-from training.world import SIZE
 
 _GAP = 2
 _LABEL = 14
@@ -45,26 +36,3 @@ def sheet(rows: Sequence[tuple[str, Tensor]], path: Path, *, columns: int = 12, 
             )
     path.parent.mkdir(parents=True, exist_ok=True)
     page.save(path)
-
-
-@torch.inference_mode()
-def roll_sheet(
-    model: DemoModel,
-    autoencoder: TinyAutoencoder,
-    settings: RolloutSettings,
-    path: Path,
-    *,
-    device: torch.device,
-    seconds: float = 20.0,
-) -> None:
-    """Write a contact sheet of rollouts of the sample prompts."""
-    geometry = VideoGeometry(height=SIZE, width=SIZE, frames=round(seconds * FPS), chunk=settings.chunk)
-    student = CausalStudent(model.network, model.config)
-    sampler = LongSampler(student=student, geometry=geometry, settings=settings, seed=1, device=device)
-    autoencoder.reset()
-    frames = [autoencoder.decode(clean) for clean in sampler.chunks(model.words(SAMPLE_PROMPTS))]
-    clips = torch.cat(frames, dim=1)
-    sheet(
-        [(f"{prompt} ({seconds:g} s)", clip) for prompt, clip in zip(SAMPLE_PROMPTS, clips, strict=True)],
-        path,
-    )

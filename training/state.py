@@ -3,6 +3,9 @@
 One process writes a file, ``last.pt``. Several write a folder, ``last-000120``, each its own shards, while
 training goes on. Either is continued by any number of ranks; whoever saves next replaces it. What reads a run
 is given the name ``last.pt`` and finds whichever there is.
+
+What belongs to one rank alone, such as a video it is in the middle of, is a file of that rank in the folder,
+and is shared out anew between the ranks that go on.
 """
 
 import json
@@ -28,6 +31,7 @@ FILE = "last.pt"
 """What one process writes."""
 
 _NOTES = "notes.json"
+_OWN = "own"
 _PARTIAL = ".partial"
 
 
@@ -86,8 +90,10 @@ class Saver:
             parts = {name: part.state_dict() for name, part in self._parts.items()}
             load(parts, checkpoint_id=path, no_dist=parallel.ranks() == 1)
             state |= parts
+        owned = _read_owned(path) if path.is_dir() else state.get(_OWN, {})
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
+            part.load_own_state(owned.get(name, {}))
         logger.info("continuing %s at iteration %d", self._out, state["done"])
         self.saved = state["done"], path
         return state["done"], state["seconds"]
@@ -95,17 +101,18 @@ class Saver:
     def save(self, notes: Mapping[str, Any]) -> None:
         """Write the state of every part and ``notes``, whole or not at all."""
         state = {name: part.state_dict() for name, part in self._parts.items()}
+        owned = {name: own for name, part in self._parts.items() if (own := part.own_state())}
         if parallel.ranks() == 1:
             path = self._out / FILE
             partial = path.with_suffix(_PARTIAL)
-            torch.save({**state, **notes}, partial)
+            torch.save({**state, **notes, **({_OWN: owned} if owned else {})}, partial)
             os.replace(partial, path)  # noqa: PTH105 - atomic on every system
             self._replaced(notes["done"], path)
         else:
-            self._save_shards(state, notes)
+            self._save_shards(state, owned, notes)
 
-    def _save_shards(self, state: dict[str, Any], notes: Mapping[str, Any]) -> None:
-        """Begin to write a folder of shards."""
+    def _save_shards(self, state: dict[str, Any], owned: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+        """Begin to write a folder of shards; what this rank owns is written at once."""
         import torch.distributed as dist
         from torch.distributed.checkpoint.state_dict_saver import async_save
 
@@ -115,9 +122,11 @@ class Saver:
             self._group = dist.new_group(backend="gloo", timeout=parallel.PATIENCE)
         final = self._out / f"last-{notes['done']:06d}"
         partial = final.with_suffix(_PARTIAL)
+        partial.mkdir(exist_ok=True)  # another rank may be ahead
         if parallel.rank() == 0:
-            partial.mkdir(exist_ok=True)  # another rank may be ahead
             (partial / _NOTES).write_text(json.dumps(notes))
+        if owned:
+            torch.save(dict(owned), partial / f"{_OWN}-{parallel.rank()}.pt")
         copied = _copied(state)
         future = async_save(copied, checkpoint_id=partial, process_group=self._group)
         self._pending = cast("Future[Any]", future), final
@@ -165,6 +174,15 @@ def _copied(state: Any) -> Any:
 def _read_file(path: Path, *, lazily: bool) -> dict[str, Any]:
     """Return all a file holds; ``lazily`` reads a tensor when it is used, and holds on to the file."""
     return torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
+
+
+def _read_owned(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what all ranks owned, by part and name; a tensor is read when it is used."""
+    owned: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob(f"{_OWN}-*.pt")):
+        for part, state in _read_file(path, lazily=True).items():
+            owned.setdefault(part, {}).update(state)
+    return owned
 
 
 def _check_recipe(

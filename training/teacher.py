@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -60,10 +61,20 @@ class DemoModel(nn.Module):
         return student.bind(self.words(prompts))
 
 
+class Teacher(Protocol):
+    """A model that makes clips of prompts."""
+
+    config: StudentConfig
+
+    def bind(self, prompts: Sequence[str], *, dtype: torch.dtype | None = None) -> BoundStudent:
+        """Return its velocity model of ``prompts``, one per clip."""
+        ...
+
+
 class Guided:
     """The teacher's velocity for given prompts, with classifier-free guidance."""
 
-    def __init__(self, teacher: DemoModel, prompts: Sequence[str], *, guidance: float) -> None:
+    def __init__(self, teacher: Teacher, prompts: Sequence[str], *, guidance: float) -> None:
         """Bind ``teacher`` to ``prompts``, one per clip.
 
         Args:
@@ -86,7 +97,7 @@ class Guided:
 
 @torch.no_grad()
 def trajectory(
-    teacher: DemoModel,
+    teacher: Teacher,
     noise: Tensor,
     prompts: Sequence[str],
     *,
@@ -106,13 +117,14 @@ def trajectory(
 
 @torch.no_grad()
 def causal_trajectory(
-    teacher: DemoModel,
+    teacher: Teacher,
     noise: Tensor,
     prompts: Sequence[str],
     *,
     steps: int,
     guidance: float,
     rollout: RolloutSettings,
+    clip: VideoGeometry = CLIP,
 ) -> Iterator[list[Tensor]]:
     """Yield for each chunk the states before each Euler step and the clean one, ``(B, C, chunk, H, W)``.
 
@@ -126,12 +138,12 @@ def causal_trajectory(
         steps: Euler steps per chunk.
         guidance: Conventional scale: 1 is none.
         rollout: Chunk, window, sink and shift.
+        clip: Size of the clips.
     """
     doubled = 1 if guidance == 1 else 2
     bound = teacher.bind(prompts if doubled == 1 else [*prompts, *[""] * len(prompts)])
-    geometry = replace(CLIP, chunk=rollout.chunk)
-    shape = CacheShape.of(teacher.config, geometry, rollout)
-    cache = RollingKVCache(shape, batch=doubled * len(noise), like=noise)
+    shape = CacheShape.of(teacher.config, replace(clip, chunk=rollout.chunk), rollout)
+    cache = RollingKVCache(shape, batch=doubled * len(noise), like=noise.to(bound.student.dtype))
     sigmas = [warp(1 - step / steps, rollout.shift) for step in range(steps)] + [0.0]
     for chunk, state in enumerate(noise.split(rollout.chunk, dim=2)):
         cache.open(chunk)

@@ -9,7 +9,7 @@ Source: the causal teacher of Causal-Forcing (repository thu-ml/Causal-Forcing).
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -28,7 +28,7 @@ from training.forcing import forced_estimates, spread_sigmas
 from training.latents import Clips
 from training.loop import LoopSettings, Loss, OptimiserSettings, Plan, Trained, descend, run
 from training.losses import velocity_loss
-from training.sheets import roll_sheet
+from training.samples import roll_samples
 from training.teacher import CLIP, load_demo_model
 
 
@@ -36,7 +36,7 @@ from training.teacher import CLIP, load_demo_model
 class CausalSettings:
     """Settings of the causal teacher."""
 
-    SMOKE: ClassVar = ("batch=2", "rollout.steps=1")
+    SMOKE: ClassVar = ("batch=2", "rollout.steps=1", "loop.sample_seconds=[1, 2]")
 
     loop: LoopSettings
     """Length and bookkeeping."""
@@ -116,8 +116,11 @@ def main(settings: CausalSettings) -> None:
         numbers = descend(trained, every, iteration, count=pieces.per_rank * batches)
         return {**numbers, "opens": float(opens)}
 
-    def sample(path: Path) -> None:
-        roll_sheet(trained.averaged, autoencoder, settings.rollout, path, device=device)
+    def sample(path: Path) -> Mapping[str, float]:
+        seconds = settings.loop.sample_seconds
+        return roll_samples(
+            trained.averaged, autoencoder, settings.rollout, path, device=device, seconds=seconds
+        )
 
     clip = (settings.batch, model.config.channels, settings.chunks * chunk, *CLIP.chunk_shape[1:])
     plan = Plan(pieces=pieces, shapes={"clips": clip})

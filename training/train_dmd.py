@@ -1,4 +1,4 @@
-"""Stage 5 of the demo: distribution matching on the student's own rollouts.
+"""Distribution matching on the student's own rollouts: stage 5 of the demo, and where Wan begins.
 
 ``horizon`` equal to ``segment`` is Self-Forcing; a longer horizon is Self-Forcing++.
 Run ``python -m training.train_dmd training/configs/demo_self_forcing.toml [key=value ...]``.
@@ -6,39 +6,57 @@ Run ``python -m training.train_dmd training/configs/demo_self_forcing.toml [key=
 Source: Self-Forcing, arXiv:2506.08009, algorithm 1; Self-Forcing++, arXiv:2510.02283, algorithm 1.
 """
 
+import copy
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import nn
 
+from sfpp_core.geometry import VideoGeometry
 from sfpp_core.kv_cache import CacheShape
+from sfpp_core.machine import peak_memory
 from sfpp_core.noise import ChunkNoise
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training import parallel
 from training.config import load
+from training.cost import COPIES, MatchingCost, copies_of
 from training.dmd_settings import DmdSettings
 from training.dry_run import Plan
-from training.first_latent import FirstLatent
-from training.loop import Loss, descend, run
+from training.first_latent import FirstLatent, Pictures
+from training.loop import Loss, OptimiserSettings, descend, run
 from training.matching import Matching, RollOptions, Shown
+from training.models import Model, WanModel, geometry_of, load_role, texts_of
 from training.parallel import Pieces
+from training.samples import roll_samples
 from training.scores import CausalScores, Levels, WholeScores
 from training.segments import BackwardNoise, Segment, draw_segment
-from training.sheets import roll_sheet
 from training.streaming import Stream, StreamLaw
-from training.teacher import CLIP, DemoModel, load_demo_model
+from training.texts import Texts
 from training.trained import Trained
+from training.wan_sheets import WanPictures, load_pictures, roll_wan_samples
 from training.world import caption, sample_scene
 
+logger = logging.getLogger(__name__)
 
-def draw_captions(settings: DmdSettings, piece: int) -> tuple[list[str], np.random.Generator]:
-    """Return the captions of one piece and a generator for the rest, functions of seed and piece."""
+
+def draw_captions(
+    settings: DmdSettings, piece: int, texts: Texts | None = None
+) -> tuple[list[str], np.random.Generator]:
+    """Return the captions of one piece and a generator for the rest, functions of seed and piece.
+
+    Args:
+        settings: Of the stage.
+        piece: Number of the piece.
+        texts: Prompts to draw from; ``None`` makes captions of the demo's world.
+    """
     rng = np.random.default_rng((settings.loop.seed, 4, piece))
+    if texts is not None:
+        return texts.draw(rng, settings.batch), rng
     return [caption(sample_scene(rng), rng) for _ in range(settings.batch)], rng
 
 
@@ -49,7 +67,7 @@ class Rollouts:
         """Take the settings, the roles, and how an iteration is cut."""
         self.settings, self.roles, self.pieces = settings, roles, pieces
         size = settings.rollout.chunk
-        self.chunk = replace(CLIP, chunk=size).chunk_shape
+        self.chunk = geometry_of(settings.video, roles.student.config, chunk=size).chunk_shape
         law = StreamLaw(
             horizon=settings.horizon // size,
             chunks=settings.segment // size,
@@ -60,15 +78,18 @@ class Rollouts:
 
     def next(self, piece: int) -> tuple[Shown, torch.Generator]:
         """Return the segment of one piece, with a gradient if gradients are on, and a generator."""
-        captions, rng = draw_captions(self.settings, piece)
+        captions, rng = draw_captions(self.settings, piece, texts_of(self.roles.student))
         segment = self._segment(rng)
+        clip = int(rng.choice(self.settings.clips or (self.settings.segment,)))
         seeds = rng.integers(2**62, size=2).tolist()
         if self.streams:
             stream = self.streams[piece % self.pieces.per_update // self.pieces.ranks]
             stream.turn(captions, seeds[0])
-            shown = self.roles.stream(stream, segment.exit_step, self.chunk)
+            shown = self.roles.stream(stream, segment.exit_step, self.chunk, clip)
+            if len(self.streams) > 1 and self.roles.device.type == "cuda":
+                park(stream)
         else:
-            shown = self.roles.roll(captions, ChunkNoise(seeds[0]), segment, self.chunk)
+            shown = self.roles.roll(captions, ChunkNoise(seeds[0]), segment, self.chunk, clip)
         return shown, torch.Generator().manual_seed(seeds[1])
 
     def _segment(self, rng: np.random.Generator) -> Segment:
@@ -85,37 +106,85 @@ class Rollouts:
         )
 
 
-class StreamingStudent(Trained[DemoModel]):
+def park(stream: Stream) -> None:
+    """Keep a video in main memory until its next turn: each holds a window of keys and values."""
+    stream.load_state_dict(_on_host(stream.state_dict()))
+
+
+def _on_host(state: Any) -> Any:
+    """Return nested ``state`` with every tensor in main memory."""
+    if isinstance(state, Mapping):
+        return {name: _on_host(value) for name, value in state.items()}
+    if isinstance(state, list):
+        return [_on_host(value) for value in state]
+    return state.detach().cpu() if isinstance(state, torch.Tensor) else state
+
+
+class StreamingStudent(Trained[Model]):
     """The student in training, with the videos it is in the middle of.
 
-    Several ranks save no videos, which are each one's own: they begin new ones when they go on.
+    A video has a number in the whole effective batch, and whichever rank has that number goes on with it.
     """
 
     streams: Sequence[Stream] = ()
     """The videos of this rank."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to go on."""
-        state = super().state_dict()
-        if self.streams and parallel.ranks() == 1:
-            state["streams"] = [stream.state_dict() for stream in self.streams]
-        return state
+    def own_state(self) -> dict[str, Any]:
+        """Return this rank's videos by their numbers."""
+        return {name: stream.state_dict() for name, stream in self._numbered()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
-        saved = state.get("streams", [])
-        super().load_state_dict({name: value for name, value in state.items() if name != "streams"})
-        if len(saved) == len(self.streams):
-            for stream, inner in zip(self.streams, saved, strict=True):
-                stream.load_state_dict(inner)
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """Go on with this rank's share of all videos; those that were not saved begin anew."""
+        lost = [name for name, _ in self._numbered() if name not in state]
+        if lost:
+            logger.info("the save holds no video %s: new ones begin", ", ".join(lost))
+        for name, stream in self._numbered():
+            if name in state:
+                stream.load_state_dict(state[name])
+
+    def _numbered(self) -> Iterator[tuple[str, Stream]]:
+        """Yield this rank's videos with their numbers."""
+        for index, stream in enumerate(self.streams):
+            yield str(parallel.rank() + index * parallel.ranks()), stream
 
 
-def load_roles(settings: DmdSettings, autoencoder: TinyAutoencoder, device: torch.device) -> Matching:
+def load_models(
+    settings: DmdSettings, texts: Texts | None, device: torch.device
+) -> tuple[Model, Model, Model]:
+    """Return student, teacher and critic.
+
+    What is trained is float32; what adapters are trained for is bfloat16, and a critic of adapters shares its
+    weights with the teacher.
+    """
+
+    def load_as(path: str, dtype: torch.dtype, **options: Any) -> Model:
+        return load_role(path, settings.video, texts, device=device, dtype=dtype, **options)
+
+    def width(optimiser: OptimiserSettings) -> torch.dtype:
+        return torch.bfloat16 if optimiser.lora.rank and settings.video.is_wan else torch.float32
+
+    recomputed = {"checkpointing": settings.checkpointing}
+    student = load_as(
+        settings.student_run, width(settings.student), loras=settings.student_loras, **recomputed
+    )
+    teacher = load_as(settings.teacher_run, torch.bfloat16).requires_grad_(False)
+    if width(settings.critic) == torch.bfloat16:
+        assert isinstance(teacher, WanModel)
+        critic: Model = copy.deepcopy(teacher, {id(weight): weight for weight in teacher.parameters()})
+        critic.checkpointing = settings.checkpointing
+    else:
+        critic = load_as(settings.teacher_run, torch.float32, **recomputed)
+    if settings.video.is_wan:
+        torch.manual_seed(settings.loop.seed)  # every rank draws the same adapters
+    return student, teacher, critic
+
+
+def load_roles(
+    settings: DmdSettings, autoencoder: Pictures | None, device: torch.device, texts: Texts | None = None
+) -> Matching:
     """Load student, teacher and critic."""
-    student = load_demo_model(Path(settings.student_run)).to(device)
-    teacher = load_demo_model(Path(settings.teacher_run)).to(device, torch.bfloat16).requires_grad_(False)
-    critic = load_demo_model(Path(settings.teacher_run)).to(device)
-    geometry = replace(CLIP, chunk=settings.rollout.chunk)
+    student, teacher, critic = load_models(settings, texts, device)
+    geometry = geometry_of(settings.video, student.config, chunk=settings.rollout.chunk)
     levels = Levels(shift=settings.level_shift, least=settings.least_sigma, largest=settings.largest_sigma)
     asked = CacheShape.of(teacher.config, geometry, settings.rollout)
     return Matching(
@@ -124,7 +193,7 @@ def load_roles(settings: DmdSettings, autoencoder: TinyAutoencoder, device: torc
         critic,
         scores=CausalScores(levels, asked, opening=settings.opening)
         if settings.scores == "causal"
-        else WholeScores(levels),
+        else WholeScores(levels, apart=settings.video.is_wan),
         schedule=settings.rollout.schedule(),
         shape=CacheShape.of(student.config, geometry, settings.rollout),
         options=RollOptions(
@@ -138,18 +207,85 @@ def load_roles(settings: DmdSettings, autoencoder: TinyAutoencoder, device: torc
     )
 
 
+def plan_of(settings: DmdSettings, roles: Matching, pieces: Pieces) -> Plan:
+    """Return what a dry run tells beside what is trained."""
+    config, size = roles.student.config, settings.segment
+    geometry = geometry_of(
+        settings.video, config, chunk=settings.rollout.chunk, frames=VideoGeometry.frames_of(size)
+    )
+    cost = MatchingCost(
+        config=config,
+        geometry=geometry,
+        rollout=settings.rollout,
+        batch=settings.batch,
+        horizon=settings.horizon,
+        streaming=settings.streaming,
+        overlap=settings.overlap,
+        at_zero=settings.at_zero,
+        place=settings.beta[0] / sum(settings.beta),
+        last_step_only=settings.last_step_only,
+        guided=settings.guidance != 1,
+        every=settings.every,
+        critic_updates=settings.critic_updates,
+        checkpointing=settings.checkpointing,
+    )
+    critic = cast(nn.Module, roles.critic)
+    critics = {id(weight) for weight in critic.parameters()}
+    asked = cast(nn.Module, roles.teacher).parameters()
+    teacher = sum(weight.nbytes for weight in asked if id(weight) not in critics)
+    return Plan(
+        pieces=pieces,
+        shapes={"segment": (settings.batch, config.channels, size, *geometry.chunk_shape[1:])},
+        held={
+            "teacher, unless the critic holds its weights": teacher,
+            COPIES: copies_of(roles.student, pieces.ranks) + copies_of(critic, pieces.ranks),
+            **cost.held(),
+        },
+        operations={name: pieces.per_rank * number for name, number in cost.parts().items()},
+        narrow=settings.video.is_wan,
+        teraflops=settings.video.teraflops,
+    )
+
+
+def peak(device: torch.device) -> int:
+    """Return the most bytes held so far: by the GPU's allocator, else by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return peak_memory() or 0
+
+
+def samples_of(
+    model: Model,
+    autoencoder: TinyAutoencoder | WanPictures | None,
+    settings: DmdSettings,
+    path: Path,
+    *,
+    device: torch.device,
+) -> Mapping[str, float] | None:
+    """Write the samples of the demo, or of Wan; return what was measured on them."""
+    seconds = settings.loop.sample_seconds
+    if isinstance(model, WanModel):
+        assert not isinstance(autoencoder, TinyAutoencoder)
+        return roll_wan_samples(model, autoencoder, settings.rollout, settings.video, path, seconds=seconds)
+    assert isinstance(autoencoder, TinyAutoencoder)
+    return roll_samples(model, autoencoder, settings.rollout, path, device=device, seconds=seconds)
+
+
 def main(settings: DmdSettings) -> None:
     """Train the student against the teacher, and the critic against the student."""
     device = settings.loop.pick_device()
-    autoencoder = TinyAutoencoder.load(Path(settings.autoencoder)).to(device)
-    roles = load_roles(settings, autoencoder, device)
+    texts = settings.video.open_texts(dry_run=settings.loop.dry_run)
+    roles = load_roles(settings, None, device, texts)
+    config, encodes = roles.student.config, settings.first_latent == "reencode"
+    autoencoder = load_pictures(settings.autoencoder, settings.video, config, device=device, encodes=encodes)
+    roles.autoencoder = autoencoder
     pieces = settings.loop.pieces(settings.batch)
     rollouts = Rollouts(settings, roles, pieces)
     updates, repeats = settings.loop.iterations, settings.critic_updates
     moves = max(1, (updates - settings.warmup) // settings.every)
     student = StreamingStudent(roles.student, settings.student, updates=moves)
     student.streams = rollouts.streams
-    critic = Trained(cast(torch.nn.Module, roles.critic), settings.critic, updates=updates * repeats)
+    critic = Trained(cast(nn.Module, roles.critic), settings.critic, updates=updates * repeats)
     seen: dict[str, float] = {"dmd": float("nan"), "norm": float("nan")}
 
     def student_losses(iteration: int, made: list[tuple[Shown, torch.Generator]]) -> Iterator[Loss]:
@@ -172,20 +308,12 @@ def main(settings: DmdSettings) -> None:
             losses = (Loss(roles.critic_loss(shown, generator), batch=shown) for shown, generator in made)
             learnt = descend(critic, losses, iteration * repeats + repeat, count=pieces.per_rank)
             seen["critic"] = learnt["loss"]
-        return {**seen}
+        return {**seen, "peak_gigabytes": peak(device) / 1e9}
 
-    def sample(path: Path) -> None:
-        roll_sheet(student.averaged, autoencoder, settings.rollout, path, device=device)
+    def sample(path: Path) -> Mapping[str, float] | None:
+        return samples_of(student.averaged, autoencoder, settings, path, device=device)
 
-    segment = (settings.batch, roles.student.config.channels, settings.segment, *CLIP.chunk_shape[1:])
-    plan = Plan(
-        pieces=pieces,
-        shapes={"segment": segment},
-        held={
-            "teacher": sum(weight.nbytes for weight in cast(DemoModel, roles.teacher).parameters()),
-            "the rollout's keys and values": settings.batch * 2 * roles.shape.numbers,
-        },
-    )
+    plan = plan_of(settings, roles, pieces)
     parts = {"model": student, "critic": critic}
     run(settings.loop, parts, step, sample, recipe=settings, plan=plan)
 

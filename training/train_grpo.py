@@ -12,27 +12,27 @@ Legend: P prompts, G videos of one prompt.
 
 import copy
 import logging
-import statistics
+import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sfpp_core import demo
-from sfpp_core.attention import matmul
-from sfpp_core.config import RolloutSettings
-from sfpp_core.decoder import load_decoder
+from sfpp_core.decoder import PREVIEW, load_decoder
 from sfpp_core.geometry import VideoGeometry
 from sfpp_core.kv_cache import CacheShape
 from sfpp_core.student import CausalStudent
-from training.config import ConfigError, load
+from training import parallel
+from training.config import load
 from training.exam import examine, papers
-from training.loop import LoopSettings, OptimiserSettings, Trained, run
+from training.grpo_settings import DTYPES, GrpoSettings
+from training.loop import Pieces, Plan, Trained, run
+from training.models import Model, WanModel, attention_of, geometry_of, load_role
 from training.policy import (
     Mixed,
     Reduction,
@@ -46,109 +46,12 @@ from training.policy import (
     record,
     surrogate,
 )
-from training.rewards import RewardSettings, make_reward, rate, speeds_of, videos
-from training.teacher import DemoModel, load_demo_model
-from training.world import SIZE, caption, sample_scene
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""What a student may compute in, by name."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GrpoSettings:
-    """Settings of the reinforcement stage."""
-
-    loop: LoopSettings
-    """Length and bookkeeping; an iteration is one batch of rollouts."""
-
-    optimiser: OptimiserSettings
-    """How the student is updated."""
-
-    student_run: str = ""
-    """``last.pt`` of the stage the student starts from; empty is the embedded demo."""
-
-    autoencoder: str = "sfpp_core/demo/autoencoder.safetensors"
-    """Weights of the decoder whose frames are rewarded."""
-
-    latent_frames: int = 21
-    """Length of a rollout."""
-
-    prompts: int = 2
-    """Prompts per iteration."""
-
-    group: int = 8
-    """Videos per prompt; they are compared with each other only."""
-
-    at_once: int = 0
-    """Videos of a group computed together; 0 is all. Must divide ``group``."""
-
-    same_start: bool = True
-    """Start the videos of a group from the same noise, so that they differ by their actions alone."""
-
-    updates: int = 1
-    """Updates per batch of rollouts. With 1 every ratio is 1 and nothing is ever clipped."""
-
-    chunk_share: float = 1.0
-    """Share of the chunks an update weighs, drawn at random."""
-
-    step_share: float = 1.0
-    """Share of each chunk's actions an update weighs, drawn at random."""
-
-    last_steps: bool = False
-    """Weigh the last actions instead of random ones. They count most: at four steps and shift 5 the noise of
-    the three actions enters the gradient with weights 0.067, 0.2 and 0.6."""
-
-    logprob_reduction: str = "mean"
-    """``mean``: log-ratios are divided by the numbers of an action; ``sum``: they are the true ones."""
-
-    clip: float = 1e-4
-    """Change of a ratio beyond which nothing more is gained; about 0.2 for ``sum``."""
-
-    kl: float = 0.0
-    """Weight of the divergence from the student at the start; 0 keeps no copy of it."""
-
-    least_deviation: float = 0.01
-    """Least deviation of a group's rewards that advantages are divided by."""
-
-    advantage_limit: float = 5.0
-    """Largest advantage."""
-
-    dtype: str = "float32"
-    """What the student computes in, ``float32`` or ``bfloat16``; its weights stay float32."""
-
-    exam_videos: int = 24
-    """Videos measured with every sample sheet, always of the same captions and noise."""
-
-    reward: RewardSettings = field(default_factory=RewardSettings)
-    """What a video is rewarded for."""
-
-    rollout: RolloutSettings = field(default_factory=RolloutSettings)
-    """How the student is rolled out."""
-
-    def __post_init__(self) -> None:
-        self._check_choices()
-        if self.latent_frames % self.rollout.chunk:
-            raise ConfigError(f"latent_frames is {self.latent_frames}; it must be a multiple of the chunk.")
-        if self.rollout.steps < 2:
-            raise ConfigError("rollout.steps is 1, which leaves no action to learn; use at least 2, e.g. 4.")
-        if self.group < 2:
-            raise ConfigError(f"group is {self.group}; comparing needs at least 2 videos, e.g. 8.")
-        if self.group % (self.at_once or self.group):
-            raise ConfigError(f"at_once is {self.at_once}; it must divide the group, {self.group}.")
-        for name in ("prompts", "updates", "clip", "least_deviation", "advantage_limit", "exam_videos"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0.")
-
-    def _check_choices(self) -> None:
-        """Refuse unknown words and shares that are none."""
-        for name, choices in (("logprob_reduction", get_args(Reduction)), ("dtype", tuple(DTYPES))):
-            if getattr(self, name) not in choices:
-                raise ConfigError(
-                    f"{name} is {getattr(self, name)!r}; use {' or '.join(map(repr, choices))}."
-                )
-        for name in ("chunk_share", "step_share"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0 and at most 1.")
+from training.rewards import make_reward, rate, speeds_of, videos
+from training.samples import roll_samples
+from training.teacher import DemoModel
+from training.texts import Texts
+from training.wan_sheets import roll_wan_samples
+from training.world import caption, sample_scene
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,20 +69,41 @@ class Batch:
     rows: slice
     """Which of the group's videos these are."""
 
+    chosen: dict[int, list[int]]
+    """Steps whose actions are weighed, by chunk; the same for the whole group."""
+
+    @property
+    def passes(self) -> int:
+        """Actions that are weighed, of each video."""
+        return sum(map(len, self.chosen.values()))
+
     @classmethod
-    def draw(cls, settings: GrpoSettings, iteration: int) -> "list[Batch]":
-        """Draw the batches of one iteration: a function of the seed and the iteration."""
+    def draw(cls, settings: GrpoSettings, iteration: int, texts: Texts | None = None) -> "list[Batch]":
+        """Draw the batches of one iteration, of Wan's ``texts`` or of the demo's world.
+
+        They are a function of the seed and the iteration.
+        """
         rng = np.random.default_rng((settings.loop.seed, 6, iteration))
         size, batches = settings.at_once or settings.group, []
         for group in range(settings.prompts):
-            text = caption(sample_scene(rng), rng)
+            text = caption(sample_scene(rng), rng) if texts is None else texts.draw(rng, 1)[0]
             starts, actions = rng.integers(2**62, size=(2, settings.group)).tolist()
             if settings.same_start:
                 starts = starts[:1] * settings.group
+            chosen = choose(
+                np.random.default_rng((settings.loop.seed, 7, iteration, group)),
+                chunks=settings.latent_frames // settings.rollout.chunk,
+                steps=settings.rollout.steps,
+                chunk_share=settings.chunk_share,
+                step_share=settings.step_share,
+                last_steps=settings.last_steps,
+            )
+            videos = VideoNoise(tuple(starts), tuple(actions))
+            if settings.differ == "weighed":
+                videos = videos.apart(chosen, mirrored=settings.mirrored, coarse=settings.coarse)
             for first in range(0, settings.group, size):
                 rows = slice(first, first + size)
-                noise = VideoNoise(tuple(starts[rows]), tuple(actions[rows]))
-                batches.append(cls([text] * size, noise, group, rows))
+                batches.append(cls([text] * size, videos.part(rows), group, rows, chosen))
         return batches
 
 
@@ -189,38 +113,46 @@ class Policy:
     def __init__(self, settings: GrpoSettings, device: torch.device) -> None:
         """Load the student, and a copy of it if it shall stay near."""
         self.settings, self.device, self.dtype = settings, device, DTYPES[settings.dtype]
-        self.model = starting_model(settings.student_run).to(device).requires_grad_(True)
+        self.texts = settings.video.open_texts(dry_run=settings.loop.dry_run)
+        self.model = starting_model(settings, self.texts, device).requires_grad_(True)
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if settings.kl else None
         self.chunks = settings.latent_frames // settings.rollout.chunk
         frames = VideoGeometry.frames_of(settings.latent_frames)
-        geometry = VideoGeometry(height=SIZE, width=SIZE, frames=frames, chunk=settings.rollout.chunk)
+        chunk = settings.rollout.chunk
+        geometry = geometry_of(settings.video, self.model.config, chunk=chunk, frames=frames)
         self.shape = CacheShape.of(self.model.config, geometry, settings.rollout)
         self.chunk_shape = (self.model.config.channels, *geometry.chunk_shape)
 
-    def bind(self, model: DemoModel, captions: Sequence[str]) -> Mixed:
+    def bind(self, model: Model, captions: Sequence[str]) -> Mixed:
         """Return ``model`` bound to one caption per video."""
-        student = CausalStudent(model.network, model.config, attend=matmul, dtype=self.dtype)
+        student = CausalStudent(
+            model.network,
+            model.config,
+            attend=attention_of(model),
+            dtype=self.dtype,
+            checkpointing=self.settings.checkpointing,
+        )
         with Mixed.region(self.device, self.dtype):
             return Mixed(student.bind(model.words(captions)), self.dtype, self.device)
 
     @torch.no_grad()
-    def play(self, captions: Sequence[str], noise: VideoNoise, *, model: DemoModel | None = None) -> Trace:
+    def play(self, captions: Sequence[str], noise: VideoNoise, *, model: Model | None = None) -> Trace:
         """Roll out one video per caption."""
         like = torch.empty(len(captions), *self.chunk_shape, device=self.device)
         student, schedule = self.bind(model or self.model, captions), self.settings.rollout.schedule()
         return record(student, noise, schedule, self.shape, chunks=self.chunks, like=like)
 
     def losses(
-        self, batch: Batch, trace: Trace, advantages: Tensor, chosen: dict[int, list[int]]
+        self, batch: Batch, trace: Trace, advantages: Tensor
     ) -> Iterator[tuple[Tensor, dict[str, float]]]:
-        """Yield the loss of each chosen action, averaged over the batch, and numbers worth knowing.
+        """Yield the loss of each weighed action, averaged over the batch, and numbers worth knowing.
 
         Go backward before asking for the next one.
         """
         settings = self.settings
         reduction: Reduction = "sum" if settings.logprob_reduction == "sum" else "mean"
-        passes = estimates(lambda: self.bind(self.model, batch.captions), trace, self.shape, chosen)
-        near = self._reference_estimates(batch, trace, chosen)
+        passes = estimates(lambda: self.bind(self.model, batch.captions), trace, self.shape, batch.chosen)
+        near = self._reference_estimates(batch, trace)
         for (chunk, step, estimate), anchor in zip(passes, near, strict=True):
             sigma = trace.schedule.sigmas[step + 1]
             delta = estimate - trace.estimate(chunk, step)
@@ -237,31 +169,33 @@ class Policy:
                 numbers["kl"] = apart.item()
             yield loss, numbers
 
-    def _reference_estimates(
-        self, batch: Batch, trace: Trace, chosen: dict[int, list[int]]
-    ) -> Iterator[Tensor | None]:
+    def _reference_estimates(self, batch: Batch, trace: Trace) -> Iterator[Tensor | None]:
         """Yield what the student at the start would have estimated, or ``None`` where nobody asks."""
         reference = self.reference
         if reference is None:
-            yield from [None] * sum(map(len, chosen.values()))
+            yield from [None] * batch.passes
             return
         # The decorator, not the statement: a generator would leave gradients off for whoever asks it.
         ungraded = torch.no_grad()(estimates)
-        for _, _, estimate in ungraded(
-            lambda: self.bind(reference, batch.captions), trace, self.shape, chosen
-        ):
+        bind = lambda: self.bind(reference, batch.captions)  # noqa: E731
+        for _, _, estimate in ungraded(bind, trace, self.shape, batch.chosen):
             yield estimate
 
 
-def starting_model(path: str) -> DemoModel:
-    """Return the averaged weights of the run ``path``, or the embedded demo if it is empty."""
-    if path:
-        return load_demo_model(Path(path))
+def starting_model(settings: GrpoSettings, texts: Texts | None, device: torch.device) -> Model:
+    """Return what the student starts from: a run, for Wan also a checkpoint, or the embedded demo."""
+    if settings.student_run:
+        narrow = settings.video.is_wan and settings.optimiser.lora.rank
+        dtype = torch.bfloat16 if narrow else torch.float32
+        model = load_role(settings.student_run, settings.video, texts, device=device, dtype=dtype)
+        if settings.video.is_wan:
+            torch.manual_seed(settings.loop.seed)  # every rank draws the same adapters
+        return model
     shipped = demo.load()
     model = DemoModel(shipped.config)
     model.network.load_state_dict(shipped.network.state_dict())
     model.words.load_state_dict(shipped.words.state_dict())
-    return model
+    return model.to(device)
 
 
 class Learner:
@@ -273,74 +207,130 @@ class Learner:
         self.reward = make_reward(settings.reward, device=device)
         self.speeds = speeds_of(settings.reward, device=device)
         self.policy = Policy(settings, device)
-        channels = self.policy.model.config.channels
-        self.decoder = load_decoder(Path(settings.autoencoder), device=device, channels=channels)
+        channels, idle = self.policy.model.config.channels, settings.video.is_wan and device.type == "meta"
+        where = torch.device("cpu") if idle else device
+        choice = PREVIEW if idle else Path(settings.autoencoder)
+        self.decoder = load_decoder(choice, device=where, channels=channels)
         updates = settings.loop.iterations * settings.updates
         self.trained = Trained(self.policy.model, settings.optimiser, updates=updates)
 
     def step(self, iteration: int) -> dict[str, float]:
-        """Roll out one batch of groups and follow what it says."""
-        settings = self.settings
-        batches = Batch.draw(settings, iteration)
+        """Roll out this rank's groups and follow what those of all ranks say."""
+        telling, numbers = self.play(iteration)
+        passes = sum(batch.passes for batch, _, _ in telling)
+        share = parallel.mean({"passes": passes})["passes"]
+        for update in range(self.settings.updates if share else 0):
+            numbers |= self._update(telling, share, iteration * self.settings.updates + update)
+        return numbers
+
+    def play(self, iteration: int) -> tuple[list[tuple[Batch, Trace, Tensor]], dict[str, float]]:
+        """Roll out and reward this rank's groups of one iteration.
+
+        Returns:
+            The batches that teach something, with their traces and advantages: a group whose videos are worth
+            the same teaches nothing, and is not worth a pass. And numbers worth logging.
+        """
+        settings, ranks = self.settings, parallel.ranks()
+        batches = [
+            batch
+            for batch in Batch.draw(settings, iteration, self.policy.texts)
+            if batch.group % ranks == parallel.rank()
+        ]
         traces = [self.policy.play(batch.captions, batch.noise) for batch in batches]
-        rewards = torch.zeros(settings.prompts, settings.group)
+        rewards = torch.zeros(settings.prompts // ranks, settings.group)
         for batch, trace in zip(batches, traces, strict=True):
-            rewards[batch.group, batch.rows] = torch.tensor(self.rewards(trace, batch.captions))
+            rewards[batch.group // ranks, batch.rows] = torch.tensor(self.rewards(trace, batch.captions))
         advantages = group_advantages(rewards, floor=settings.least_deviation, limit=settings.advantage_limit)
-        # A group whose videos are worth the same teaches nothing, and is not worth a pass.
         telling = [
-            (batch, trace, advantages[batch.group, batch.rows])
+            (batch, trace, advantages[batch.group // ranks, batch.rows])
             for batch, trace in zip(batches, traces, strict=True)
-            if advantages[batch.group].any()
+            if advantages[batch.group // ranks].any()
         ]
         numbers = {
             "reward": rewards.mean().item(),
             "deviation": rewards.std(1, correction=0).mean().item(),
             "telling": len(telling) / len(batches),
         }
-        for update in range(settings.updates if telling else 0):
-            numbers |= self._update(telling, iteration, update)
-        return numbers
+        return telling, numbers
 
     def _update(
-        self, telling: list[tuple[Batch, Trace, Tensor]], iteration: int, update: int
+        self, telling: list[tuple[Batch, Trace, Tensor]], share: float, count: int
     ) -> dict[str, float]:
-        """Make one update, going backward after every action of every batch."""
-        settings = self.settings
-        chosen = choose(
-            np.random.default_rng((settings.loop.seed, 7, iteration, update)),
-            chunks=self.policy.chunks,
-            steps=settings.rollout.steps,
-            chunk_share=settings.chunk_share,
-            step_share=settings.step_share,
-            last_steps=settings.last_steps,
-        )
-        total = len(telling) * sum(map(len, chosen.values()))
-        count, seen, norm = iteration * settings.updates + update, [], 0.0
+        """Make update ``count``, going backward after every action of every batch.
+
+        Args:
+            telling: Batches of this rank with their traces and advantages; there may be none.
+            share: Passes of an update over all ranks, by the ranks; the ranks' gradients are averaged.
+            count: Which update this is.
+        """
+        names = ("moved", "ratio_off", "clipped", *(("kl",) if self.settings.kl else ()))
+        seen = dict.fromkeys(names, 0.0)
         for batch, trace, advantages in telling:
-            for loss, numbers in self.policy.losses(batch, trace, advantages, chosen):
-                seen.append(numbers)
-                if len(seen) < total:
-                    self.trained.accumulate(loss / total, count)
-                else:
-                    norm = self.trained.update(loss / total, count)
-        return {name: statistics.mean(numbers[name] for numbers in seen) for name in seen[0]} | {"norm": norm}
+            for loss, numbers in self.policy.losses(batch, trace, advantages):
+                seen = {name: seen[name] + numbers[name] / share for name in names}
+                self.trained.accumulate(loss / share, count)
+        return {**seen, "norm": self.trained.update(self._nothing(), count)}
+
+    def _nothing(self) -> Tensor:
+        """Return a loss of 0 that every weight takes part in: with it a rank ends an update."""
+        return sum((weight.sum() * 0 for weight in self.trained.module.parameters()), torch.zeros(()))
 
     def rewards(self, trace: Trace, captions: Sequence[str]) -> list[float]:
         """Return the reward of each video of ``trace``."""
         pairs = zip(self._frames(trace), captions, strict=True)
         return [rate(self.reward, video, text) for video, text in pairs]
 
-    def exam(self, path: Path) -> None:
-        """Measure the averaged student: a sheet at ``path``, the numbers beside it."""
-        examine(self._sat_exams(), self.reward, self.speeds, self.settings.reward, path)
+    def sample(self, path: Path) -> dict[str, float]:
+        """Sit the exam with the averaged student, and roll out longer videos; return all numbers."""
+        settings, model = self.settings, self.trained.averaged
+        if isinstance(model, WanModel):
+            seconds = settings.loop.sample_seconds
+            return roll_wan_samples(
+                model, self.decoder, settings.rollout, settings.video, path, seconds=seconds
+            )
+        means = self.exam(path, model)
+        longer = roll_samples(
+            model,
+            self.decoder,
+            settings.rollout,
+            path.with_name(f"{path.stem}_long.png"),
+            device=self.policy.device,
+            seconds=settings.loop.sample_seconds,
+        )
+        return {f"exam/{name}": mean for name, mean in means.items()} | longer
 
-    def _sat_exams(self) -> Iterator[tuple[Tensor, str]]:
-        """Yield the averaged student's videos of the exam and their captions."""
+    def exam(self, path: Path, model: DemoModel) -> dict[str, float]:
+        """Measure ``model``: a sheet at ``path``, the numbers beside it; return their means."""
+        return examine(self._sat_exams(model), self.reward, self.speeds, self.settings.reward, path)
+
+    def _sat_exams(self, model: DemoModel) -> Iterator[tuple[Tensor, str]]:
+        """Yield the videos ``model`` makes for the exam and their captions."""
         settings = self.settings
         for captions, noise in papers(settings.exam_videos, at_once=settings.at_once or settings.group):
-            trace = self.policy.play(captions, noise, model=self.trained.averaged)
+            trace = self.policy.play(captions, noise, model=model)
             yield from zip(self._frames(trace), captions, strict=True)
+
+    def plan(self) -> Plan:
+        """Return what a dry run tells beside the weights."""
+        settings, policy = self.settings, self.policy
+        at_once = settings.at_once or settings.group
+        estimates_kept = policy.chunks * settings.rollout.steps * math.prod(policy.chunk_shape)
+        groups = settings.prompts // parallel.launched()
+        return Plan(
+            pieces=Pieces(batch=settings.group, effective=settings.prompts * settings.group),
+            shapes={
+                "videos at once": (
+                    at_once,
+                    policy.model.config.channels,
+                    settings.latent_frames,
+                    *policy.chunk_shape[2:],
+                )
+            },
+            held={
+                "the rollouts' estimates": 4 * groups * settings.group * estimates_kept,
+                "keys and values": at_once * DTYPES[settings.dtype].itemsize * policy.shape.numbers,
+            },
+        )
 
     def _frames(self, trace: Trace) -> Iterator[Tensor]:
         """Yield each video of ``trace``, ``(F, 3, H, W)``."""
@@ -350,10 +340,18 @@ class Learner:
 def main(settings: GrpoSettings) -> None:
     """Reinforce the student."""
     learner = Learner(settings, settings.loop.pick_device())
-    before = Path(settings.loop.out) / f"sample_{0:06d}.png"
-    if not before.exists():
-        learner.exam(before)
-    run(settings.loop, {"model": learner.trained}, learner.step, learner.exam, recipe=settings)
+    before, model = Path(settings.loop.out) / f"sample_{0:06d}.png", learner.policy.model
+    examined = settings.loop.dry_run or before.exists()
+    if isinstance(model, DemoModel) and not examined and parallel.rank() == 0:
+        learner.exam(before, model)
+    run(
+        settings.loop,
+        {"model": learner.trained},
+        learner.step,
+        learner.sample,
+        recipe=settings,
+        plan=learner.plan(),
+    )
 
 
 if __name__ == "__main__":

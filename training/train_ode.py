@@ -1,4 +1,4 @@
-"""Stage 4 of the demo: the causal student, initialised on the teacher's trajectories.
+"""The causal student, initialised on a teacher's trajectories: stage 4 of the demo; and for Wan.
 
 Each chunk stands at one of the student's noise levels, with the trajectory's own clean past behind it in the
 cache, as at inference; the target is where the trajectory ends.
@@ -9,32 +9,34 @@ Source: Self-Forcing, arXiv:2506.08009, equation 4; CausVid, arXiv:2412.07772.
 
 import logging
 import sys
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sfpp_core.attention import matmul
 from sfpp_core.config import RolloutSettings
 from sfpp_core.kv_cache import CacheShape
 from sfpp_core.student import CausalStudent
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training.config import load
+from training.cost import COPIES, copies_of, held, regression_operations
 from training.forcing import forced_estimates
 from training.loop import LoopSettings, Loss, OptimiserSettings, Plan, Trained, descend, run
 from training.make_ode_pairs import Pairs
-from training.sheets import roll_sheet
-from training.teacher import CLIP, load_demo_model
+from training.models import VideoSettings, WanModel, attention_of, geometry_of, load_role
+from training.samples import roll_samples
+from training.wan_sheets import WanPictures, load_pictures, roll_wan_samples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OdeSettings:
     """Settings of the causal initialisation."""
 
-    SMOKE: ClassVar = ("batch=2",)
+    SMOKE: ClassVar = ("batch=2", "loop.sample_seconds=[1, 2]")
 
     loop: LoopSettings
     """Length and bookkeeping."""
@@ -46,16 +48,23 @@ class OdeSettings:
     """Folder of the pairs."""
 
     teacher_run: str
-    """``last.pt`` of the teacher, which the student starts from."""
+    """``last.pt`` of the teacher, which the student starts from; for Wan also a published checkpoint."""
 
     autoencoder: str
-    """Weights of the demo autoencoder, for the sample sheets."""
+    """Weights of the autoencoder, for the sample sheets. For Wan also a tiny decoder, ``preview``, or
+    nothing: no sheets."""
 
     batch: int = 16
     """Trajectories computed at once, on each rank."""
 
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """How the student will be rolled out."""
+
+    checkpointing: bool = False
+    """Recompute each layer in backward instead of keeping its activations."""
+
+    video: VideoSettings = field(default_factory=VideoSettings)
+    """Wan's prompts and sizes; without them it is the demo's world."""
 
 
 def draw_levels(rng: np.random.Generator, chunks: int, steps: int) -> list[int]:
@@ -79,22 +88,35 @@ def main(settings: OdeSettings) -> None:
     """Train the causal initialisation."""
     device = settings.loop.pick_device()
     rollout = settings.rollout
-    pairs = Pairs(Path(settings.pairs))
-    model = load_demo_model(Path(settings.teacher_run)).to(device)
-    geometry = replace(CLIP, chunk=rollout.chunk)
+    texts = settings.video.open_texts(dry_run=settings.loop.dry_run)
+    narrow = settings.optimiser.lora.rank and settings.video.is_wan
+    dtype = torch.bfloat16 if narrow else torch.float32
+    model = load_role(settings.teacher_run, settings.video, texts, device=device, dtype=dtype)
+    if texts is not None:
+        torch.manual_seed(settings.loop.seed)  # every rank draws the same adapters
+    geometry = geometry_of(settings.video, model.config, chunk=rollout.chunk)
     shape = CacheShape.of(model.config, geometry, rollout)
+    clip = (model.config.channels, geometry.latent_frames, *geometry.chunk_shape[1:])
+    pairs = None if settings.loop.dry_run else Pairs(Path(settings.pairs), clip)
     schedule = rollout.schedule()
     trained = Trained(model, settings.optimiser, updates=settings.loop.iterations)
-    autoencoder = TinyAutoencoder.load(Path(settings.autoencoder)).to(device)
+    autoencoder = load_pictures(settings.autoencoder, settings.video, model.config, device=device)
     pieces = settings.loop.pieces(settings.batch)
 
     def loss_of(piece: int) -> Loss:
+        assert pairs is not None
         states, captions, rng = pairs.batch(settings.loop.seed, piece, settings.batch)
         levels = draw_levels(rng, geometry.chunks, rollout.steps)
         noisy, target = pick_states(states, levels, rollout.chunk).to(device), states[-1].to(device)
         sigmas = [schedule.sigmas[level] for level in levels]
         with torch.autocast(device.type, torch.bfloat16):
-            student = CausalStudent(model.network, model.config, attend=matmul, dtype=torch.bfloat16)
+            student = CausalStudent(
+                model.network,
+                model.config,
+                attend=attention_of(model),
+                dtype=torch.bfloat16,
+                checkpointing=settings.checkpointing,
+            )
             bound = student.bind(model.words(captions))
             clean = [clean for _, clean in forced_estimates(bound, shape, target, noisy, sigmas)]
         loss = torch.nn.functional.mse_loss(torch.cat(clean, dim=2), target)
@@ -104,11 +126,31 @@ def main(settings: OdeSettings) -> None:
         losses = map(loss_of, pieces.of(iteration))
         return descend(trained, losses, iteration, count=pieces.per_rank)
 
-    def sample(path: Path) -> None:
-        roll_sheet(trained.averaged, autoencoder, rollout, path, device=device)
+    def sample(path: Path) -> Mapping[str, float] | None:
+        seconds = settings.loop.sample_seconds
+        if isinstance(trained.averaged, WanModel):
+            pictures = cast("WanPictures | None", autoencoder)
+            return roll_wan_samples(
+                trained.averaged, pictures, rollout, settings.video, path, seconds=seconds
+            )
+        assert isinstance(autoencoder, TinyAutoencoder)
+        return roll_samples(trained.averaged, autoencoder, rollout, path, device=device, seconds=seconds)
 
-    states = (rollout.steps + 1, settings.batch, *pairs.states.shape[2:])
-    plan = Plan(pieces=pieces, shapes={"states": states})
+    plan = Plan(
+        pieces=pieces,
+        shapes={"states": (rollout.steps + 1, settings.batch, *clip)},
+        held={
+            COPIES: copies_of(model, pieces.ranks),
+            **held(model.config, geometry, batch=settings.batch, checkpointing=settings.checkpointing),
+        },
+        operations={
+            "update": pieces.per_rank
+            * settings.batch
+            * regression_operations(model.config, geometry, rollout, checkpointing=settings.checkpointing)
+        },
+        narrow=settings.video.is_wan,
+        teraflops=settings.video.teraflops,
+    )
     run(settings.loop, {"model": trained}, step, sample, recipe=settings, plan=plan)
 
 

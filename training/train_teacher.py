@@ -21,7 +21,7 @@ from training.config import load
 from training.latents import Clips, prepare
 from training.loop import LoopSettings, Loss, OptimiserSettings, Plan, Trained, descend, run
 from training.sheets import sheet
-from training.teacher import LATENT_CLIP, SAMPLE_PROMPTS, DemoModel, trajectory
+from training.teacher import LATENT_CLIP, SAMPLE_PROMPTS, DemoModel, load_demo_model, trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +45,9 @@ class TeacherSettings:
 
     model: StudentConfig = DEMO
     """Architecture; every later stage takes it over."""
+
+    start_run: str = ""
+    """``last.pt`` of a run whose weights it starts from, the causal teacher for one; empty starts anew."""
 
     autoencoder: str
     """Weights of the demo autoencoder."""
@@ -73,7 +76,7 @@ def main(settings: TeacherSettings) -> None:
     device = settings.loop.pick_device()
     autoencoder = TinyAutoencoder.load(Path(settings.autoencoder)).to(device)
     pieces = settings.loop.pieces(settings.batch)
-    teacher = DemoModel(settings.model, seed=settings.loop.seed).to(device)
+    teacher = first_weights(settings).to(device)
     trained = Trained(teacher, settings.optimiser, updates=settings.loop.iterations)
 
     @cache
@@ -116,6 +119,13 @@ def main(settings: TeacherSettings) -> None:
 
     plan = Plan(pieces=pieces, shapes={"clips": (settings.batch, settings.model.channels, *LATENT_CLIP)})
     run(settings.loop, {"model": trained}, step, sample, recipe=settings, plan=plan)
+
+
+def first_weights(settings: TeacherSettings) -> DemoModel:
+    """Return the model as the stage begins with it."""
+    if settings.start_run:
+        return load_demo_model(Path(settings.start_run))
+    return DemoModel(settings.model, seed=settings.loop.seed)
 
 
 def warp_all(sigma: Tensor, shift: float) -> Tensor:

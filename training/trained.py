@@ -221,6 +221,13 @@ class Trained(Generic[M]):
             optimiser.load_state_dict(saved)
         parallel.gather(self.module)
 
+    def own_state(self) -> dict[str, Any]:
+        """Return what this rank alone holds and needs to go on, by a name that no other rank uses."""
+        return {}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what this rank holds of all that the ranks' ``own_state`` returned when they saved."""
+
     def _prime(self) -> None:
         """Give the optimisers the averages they would begin with, so that a state always has them all."""
         for optimiser in self.optimisers:

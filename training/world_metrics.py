@@ -152,18 +152,31 @@ class Second:
     """Share of the background's pixels that are nearly white."""
 
 
+class Measuring:
+    """Measures one video that is given second by second, so that none has to be held whole."""
+
+    def __init__(self, caption: str | Wanted) -> None:
+        """Begin a video that ``caption`` asked for."""
+        self._wanted = parse_caption(caption) if isinstance(caption, str) else caption
+        self._first: Second | None = None
+        self._before: Tensor | None = None
+
+    def add(self, frames: Tensor) -> Second:
+        """Return the measurements of the next second, ``(F, 3, H, W)`` in [0, 1]."""
+        before = frames[:0] if self._before is None else self._before
+        second = _measure_second(frames, before, self._wanted, self._first)
+        self._first = self._first or second
+        self._before = frames[-1:].clone()  # a view would keep the whole second alive
+        return second
+
+
 def measure(video: Tensor, caption: str | Wanted) -> list[Second]:
     """Return the measurements of each whole second of ``(F, 3, H, W)`` in [0, 1].
 
     A video shorter than a second counts as one; a rest after the last whole second is left out.
     """
-    wanted = parse_caption(caption) if isinstance(caption, str) else caption
-    seconds: list[Second] = []
-    before = video[:0]
-    for frames in video[: max(1, len(video) // FPS) * FPS].split(FPS):
-        seconds.append(_measure_second(frames, before, wanted, seconds[0] if seconds else None))
-        before = frames[-1:]
-    return seconds
+    measuring = Measuring(caption)
+    return [measuring.add(frames) for frames in video[: max(1, len(video) // FPS) * FPS].split(FPS)]
 
 
 def failures(second: Second, wanted: Wanted, limits: Limits = LIMITS) -> tuple[str, ...]:

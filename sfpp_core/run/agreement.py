@@ -61,7 +61,7 @@ def chunks_before(seconds: float, geometry: VideoGeometry) -> int:
 
 def begun(folder: Path, wanted: Wanted) -> Manifest:
     """Return the manifest of a new run; one that branches gets its chunks."""
-    section = Section(chunk=0, decisions=as_json(wanted.decisions), texts=_texts(wanted, 0))
+    section = Section(chunk=0, decisions=_decisions(wanted, 0), texts=_texts(wanted, 0))
     manifest = Manifest(
         space=wanted.space,
         geometry=wanted.geometry,
@@ -92,7 +92,7 @@ def continued(before: Manifest, wanted: Wanted, folder: Path) -> Manifest:
         before, geometry=wanted.geometry, look=wanted.look or before.look, request=as_json(wanted.request)
     )
     section = before.sections[-1]
-    differing = differences(section.decisions, as_json(wanted.decisions))
+    differing = differences(section.decisions, _decisions(wanted, section.chunk))
     first = _first_other_text(section, wanted, before)
     if wanted.seconds_kept is not None:
         chunk = chunks_before(wanted.seconds_kept, before.geometry)
@@ -186,8 +186,15 @@ def _cut(sections: tuple[Section, ...], chunk: int) -> tuple[Section, ...]:
 
 def _joined(sections: tuple[Section, ...], wanted: Wanted, chunk: int) -> tuple[Section, ...]:
     """Return ``sections`` and what is wanted from ``chunk`` on."""
-    section = Section(chunk=chunk, decisions=as_json(wanted.decisions), texts=_texts(wanted, chunk))
+    section = Section(chunk=chunk, decisions=_decisions(wanted, chunk), texts=_texts(wanted, chunk))
     return (*sections, section)
+
+
+def _decisions(wanted: Wanted, first: int) -> dict[str, Any]:
+    """Return what decides a section from ``first`` on, prompts that are over by then among it."""
+    heard = texts_of([wanted.text(chunk) for chunk in range(first + 1)], first=0)
+    earlier = {"earlier prompts": [list(pair) for pair in heard[:-1]]} if len(heard) > 1 else {}
+    return as_json({**wanted.decisions, **earlier})
 
 
 def _texts(wanted: Wanted, first: int) -> tuple[tuple[int, str], ...]:

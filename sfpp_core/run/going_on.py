@@ -4,7 +4,7 @@ Legend: C channels, T latent frames of a chunk, h and w latent cells.
 """
 
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, cast
@@ -12,8 +12,11 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
+from ..cache_shape import CacheShape
+from ..cues import Cue, as_cues
 from ..errors import CheckpointError, OutputError
 from ..sampler import LongSampler
+from ..stretches import Stretch, stretches
 from ..student import CausalStudent
 from ..transfers import fetch
 from .folder import CACHE, Run
@@ -48,6 +51,12 @@ class Recall:
 
     kept: KeptCache | None = None
     """Keys and values to go on from."""
+
+    def remembered(self, stretch: Stretch, chunks: int) -> int:
+        """Return how many of the chunks that are there are remembered again, the sink apart."""
+        if self.kept is not None:
+            return chunks - self.kept.chunk - 1
+        return chunks - max(self.first, stretch.offset)
 
     @property
     def in_words(self) -> str:
@@ -84,7 +93,7 @@ class Made:
 def go_on(
     run: Run,
     sampler: LongSampler,
-    embeddings: Tensor,
+    text: Tensor | Sequence[Cue],
     *,
     start: Tensor | None = None,
     replay: Replay = "auto",
@@ -97,7 +106,7 @@ def go_on(
     Args:
         run: What is gone on with.
         sampler: Of the same size and length; see ``LongSampler``.
-        embeddings: Text embeddings, ``(1, tokens, text_dim)``.
+        text: Text embeddings, ``(1, tokens, text_dim)``, or cues; see ``LongSampler.chunks``.
         start: As for ``LongSampler.chunks``.
         replay: How the past is recalled where no keys were kept.
         keep_cache: Keep the keys and values after every so many chunks, and when the iterator is closed; 0
@@ -108,82 +117,104 @@ def go_on(
         NumericsError: A chunk came out as numbers that are not finite; it is not kept.
         OutputError: The disk is full, or the folder cannot be written to.
     """
-    recall = recall_of(run, sampler, replay=replay)
+    if run.complete:
+        return
+    found = _stretches(run, sampler, as_cues(text))
+    given = 0 if start is None else start.shape[2] // sampler.geometry.chunk
+    stretch = _at(found, max(run.kept, given))
+    recall = recall_of(run, sampler, stretch, replay=replay)
     if run.kept:
-        replayed = run.kept - recall.first - (0 if recall.kept is None else recall.kept.chunk + 1)
-        run.note_resume(how=recall.how, exact=recall.exact, replayed=max(0, replayed))
+        replayed = recall.remembered(stretch, run.kept)
+        run.note_resume(how=recall.how, exact=recall.exact, replayed=replayed)
         said = f"went on at chunk {run.kept} of {run.chunks}, {recall.in_words}"
         run.say(said)
         logger.log(logging.INFO if recall.exact else logging.WARNING, "%s %s.", run.folder, said)
-    student = RecallingStudent(sampler.student, made=lambda: run.kept, first=recall.first, kept=recall.kept)
+    student = RecallingStudent(
+        sampler.student, made=lambda: run.kept, offset=stretch.offset, first=recall.first, kept=recall.kept
+    )
     sampler = replace(sampler, student=cast(CausalStudent, student))
     if keep_cache and sampler.settings.overlap:
         logger.warning("Keys and values are not kept: with an overlap a window starts anew all the same.")
         keep_cache = 0
     cached = -1 if recall.kept is None else recall.kept.chunk
-    past = _past(run, sampler, recall)
+    past = _past(run, sampler, stretch, recall)
     try:
-        for chunk, clean in enumerate(sampler.chunks(embeddings, start=start, past=past), start=run.kept):
+        for chunk, clean in enumerate(sampler.chunks(text, start=start, past=past), start=run.kept):
             made = Made(clean, partial(run.add, chunk))
             try:
                 yield made
             finally:
                 made.keep()
             if keep_cache and (chunk + 1) % keep_cache == 0:
-                cached = _keep_cache(run, student, cached)
+                cached = _keep_cache(run, student, found, cached)
     finally:
         if keep_cache:
-            _keep_cache(run, student, cached)
+            _keep_cache(run, student, found, cached)
 
 
-def recall_of(run: Run, sampler: LongSampler, *, replay: Replay = "auto") -> Recall:
-    """Return how the past of a run will be recalled."""
+def recall_of(run: Run, sampler: LongSampler, stretch: Stretch, *, replay: Replay = "auto") -> Recall:
+    """Return how the past of a run will be recalled, as far as the stretch of its next chunk knows it."""
     settings = sampler.settings
     if settings.overlap:  # a window that starts anew knows nothing of what came before it
         return Recall(how="all", exact=True)
-    kept = _kept_cache(run)
+    kept = _kept_cache(run, stretch)
     if kept is not None:
         return Recall(how="cache", exact=True, kept=kept)
-    short = run.kept <= AUTO_WINDOWS * settings.window_chunks
+    short = run.kept - stretch.offset <= AUTO_WINDOWS * settings.window_chunks
     first = run.kept + 1 - REPLAYED_WINDOWS * (settings.window_chunks - settings.sink_chunks)
-    if first <= settings.sink_chunks or replay == "all" or (replay == "auto" and short):
+    if first - stretch.offset <= settings.sink_chunks or replay == "all" or (replay == "auto" and short):
         return Recall(how="all", exact=True)
     return Recall(how="window", exact=False, first=first)
 
 
-def _kept_cache(run: Run) -> KeptCache | None:
-    """Return the keys and values that a run can go on from."""
+def _stretches(run: Run, sampler: LongSampler, cues: Sequence[Cue]) -> list[Stretch]:
+    """Return the stretches that the sampler will make the video of."""
+    shape = CacheShape.of(sampler.student.config, sampler.geometry, sampler.settings)
+    return list(stretches(cues, shape, chunks=run.chunks, overlap=sampler.settings.overlap_chunks))
+
+
+def _at(found: Sequence[Stretch], chunk: int) -> Stretch:
+    """Return the stretch that a chunk belongs to."""
+    return next(stretch for stretch in found if stretch.stop > chunk)
+
+
+def _kept_cache(run: Run, stretch: Stretch) -> KeptCache | None:
+    """Return the keys and values that a run can go on from: they must be of the same memory."""
     try:
         kept = find_cache(run.folder / CACHE)
     except CheckpointError as error:
         logger.warning("%s The past is remembered again instead.", error)
         return None
-    if kept is None or not run.section.chunk <= kept.chunk < run.kept or kept.key != run.key(kept.chunk):
+    first = max(run.section.chunk, stretch.begin)
+    if kept is None or not first <= kept.chunk < run.kept or kept.key != run.key(kept.chunk):
         return None
     return kept
 
 
-def _past(run: Run, sampler: LongSampler, recall: Recall) -> list[Tensor]:
+def _past(run: Run, sampler: LongSampler, stretch: Stretch, recall: Recall) -> list[Tensor]:
     """Return the chunks of the past; of those that are not looked at, nothing but their place."""
     settings, nothing = sampler.settings, torch.empty(0)
     windows = settings.window_chunks * (2 if settings.overlap else 1)
-    if settings.overlap:
+    if sampler.finish is not None:
+        first = 0  # what maps the chunks is shown all of them
+    elif settings.overlap:
         first = run.kept - windows
     elif recall.kept is not None:
         first = recall.kept.chunk - windows
     else:
-        first = recall.first - windows if recall.first else 0
-    needed = range(max(first, 0), run.kept)
-    sinks = max(1, settings.sink_chunks)  # the first is cut into the lead and the rest
-    return [run.chunk(chunk) if chunk in needed or chunk < sinks else nothing for chunk in range(run.kept)]
+        first = (recall.first or stretch.begin) - windows
+    sinks = {stretch.chunk(number) for number in range(settings.sink_chunks)}
+    needed = {0, *sinks, *stretch.kept, *range(max(first, 0), run.kept)}  # chunk 0 is cut into lead and rest
+    return [run.chunk(chunk) if chunk in needed else nothing for chunk in range(run.kept)]
 
 
-def _keep_cache(run: Run, student: RecallingStudent, cached: int) -> int:
+def _keep_cache(run: Run, student: RecallingStudent, found: Sequence[Stretch], cached: int) -> int:
     """Save the keys and values, if they have changed; return the last chunk they remember."""
     if student.latest is None:
         return cached
     cache, chunk = student.latest
-    if chunk <= cached or chunk >= run.kept:
+    # At the first chunk of a stretch the memory is one that the chunk before never had.
+    if chunk <= cached or chunk >= run.kept or chunk < _at(found, chunk + 1).begin:
         return cached
     try:
         save_cache(run.folder / CACHE, cache, chunk=chunk, key=run.key(chunk))

@@ -173,7 +173,7 @@ def _pieces(
     made = go_on(
         run,
         models.loaded.sampler,
-        models.loaded.embeddings,
+        models.loaded.cues,
         start=models.loaded.start,
         replay=choices.replay,
         keep_cache=choices.keep_cache,
@@ -215,8 +215,8 @@ def wanted_of(planned: Plan, choices: Choices) -> Wanted:
         space=planned.decoder.space.name,
         geometry=planned.geometry,
         decisions=decisions_of(planned),
-        text=lambda _: planned.request.prompt,
-        request=request_table(planned.request),
+        text=planned.timetable.text,
+        request=request_table(planned.request, seconds=planned.geometry.seconds),
         seconds_kept=choices.seconds_kept,
         branch=choices.branch,
         anew=choices.anew,
@@ -233,6 +233,7 @@ def decisions_of(planned: Plan) -> dict[str, Any]:
         "start": request.start,
         "encoder": request.encoder,
     }
+    controls = {"anchor": request.anchor, "context sigma": request.context_sigma}
     return {
         "student": fingerprint(planned.student.path),
         "weights": request.weights,
@@ -240,6 +241,7 @@ def decisions_of(planned: Plan) -> dict[str, Any]:
         **{name: fingerprint(path) for name, path in texts.items() if path is not None},
         "seed": request.seed,
         "settings": to_table(planned.settings),
+        **{name: value for name, value in controls.items() if value},
         "cache": request.storage,
         "device": planned.device.type,
         "dtype": str(planned.dtype)[6:],

@@ -6,9 +6,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..cues import SOFT, Change
 from ..errors import CheckpointError, SettingsError
 from ..latents_file import FOLDER
 from ..request import Request
+from ..script import read_script
+from ..script_json import timed
 from .chunks import chunk_files
 from .manifest import is_run, read_manifest
 
@@ -16,9 +19,19 @@ _PATHS = ("student", "words", "text_encoder", "tokenizer", "text_cache", "start"
 """Fields that are paths, or ``None``."""
 
 
-def request_table(request: Request) -> dict[str, Any]:
-    """Return a request as a table of JSON; paths are absolute."""
-    table = {field.name: getattr(request, field.name) for field in fields(Request)}
+def request_table(request: Request, *, seconds: float) -> dict[str, Any]:
+    """Return a request as a table of JSON; paths are absolute.
+
+    Args:
+        request: What is asked for.
+        seconds: Length of the video. Scenes that are shares of it get times, to stay where they are in a
+            longer one.
+    """
+    table = {field.name: getattr(request, field.name) for field in fields(Request) if field.name != "report"}
+    script = read_script(request.prompt, change=request.switch)
+    if any(scene.share for scene in script.scenes):
+        table["prompt"] = timed(script, seconds)
+    table["switch"] = str(request.switch)
     for name in _PATHS:
         table[name] = None if table[name] is None else str(Path(table[name]).absolute())
     if isinstance(request.decoder, Path):
@@ -47,6 +60,7 @@ def request_fields(table: Mapping[str, Any], *, where: Path) -> dict[str, Any]:
     decoder = given.get("decoder")
     if decoder is not None and Path(decoder).is_absolute():
         given["decoder"] = Path(decoder)
+    given["switch"] = Change.parse(given.get("switch", str(SOFT)))
     given["loras"] = tuple((Path(path), float(strength)) for path, strength in given.get("loras", ()))
     return given
 

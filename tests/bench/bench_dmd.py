@@ -103,7 +103,7 @@ def main():
         segment = Segment(start=start, chunks=SEGMENT, exit_step=rollout.steps - 1)
 
         def update(segment=segment):
-            shown = matching.roll(captions, ChunkNoise(0), segment, CLIP.chunk_shape)
+            shown = matching.roll(captions, ChunkNoise(0), segment, CLIP.chunk_shape, SEGMENT * rollout.chunk)
             matching.student_loss(shown, torch.Generator().manual_seed(0)).backward()
             matching.critic_loss(shown, torch.Generator().manual_seed(1)).backward()
 

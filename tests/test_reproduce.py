@@ -1,0 +1,341 @@
+"""The reproduction: its stages, its processes and its tables, at the smallest size."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sfpp_core.config import RolloutSettings, StudentConfig
+from sfpp_core.tiny_autoencoder import AutoencoderConfig, TinyAutoencoder
+from training import evaluate, reproduce, train_dmd
+from training.config import ConfigError, load
+from training.measuring import Roller, picks, whole_seconds
+from training.reproduction import runner
+from training.reproduction.layout import LONGER, ODE, PLAIN, PLUS, Stage
+from training.reproduction.settings import ReproduceSettings
+from training.reproduction.stages import MODULES, Stages, read_notes
+from training.reproduction.summary import NUMBERS, Student, clip_numbers, difference, spread_of
+from training.teacher import DemoModel
+from training.world import caption, render, sample_scene
+from training.world_metrics import measure
+
+CONFIGS = Path(__file__).parent.parent / "training" / "configs"
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """Return the files of a start that was made before: a model as a stage leaves it, and a decoder."""
+    folder = tmp_path_factory.mktemp("given")
+    model = DemoModel(StudentConfig(dim=128, ffn_dim=32, heads=1, layers=1, text_dim=8, text_length=16))
+    nn.init.normal_(model.network.head.head.weight, std=0.05)
+    averaged = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"model": {"averaged": averaged}, "done": 1, "seconds": 1.0, "recipe": {}}, folder / "last.pt")
+    decoder = TinyAutoencoder(AutoencoderConfig(coarse=16, fine=16, mask=8, units=1))
+    decoder.save(folder / "autoencoder.safetensors")
+    return folder
+
+
+def settings_of(given, out, *overrides, config="reproduce_cpu"):
+    start = [f"given.{name}={given / 'last.pt'}" for name in ("causal", "ode")]
+    start += [f"given.autoencoder={given / 'autoencoder.safetensors'}", f"out={out}", "seeds=[0]", "jobs=1"]
+    path = str(CONFIGS / f"{config}.toml")
+    return load(ReproduceSettings, [path, "--smoke", *start, "horizons=[1]", *overrides], stage="reproduce")
+
+
+class Done:
+    """A process that has ended."""
+
+    def __init__(self, status=0):
+        self.status = status
+
+    def poll(self):
+        return self.status
+
+
+def inside(words, log, threads):
+    """Run a stage in this process."""
+    kinds = {f"training.{module}": kind for module, kind in MODULES.values()}
+    module = importlib.import_module(words[0])
+    module.main(load(getattr(module, kinds[words[0]]), words[1:], stage=words[0]))
+    return Done()
+
+
+def never(words, log, threads):
+    raise AssertionError(f"{words} was run again")
+
+
+def test_one_command_leads_to_tables_plots_and_sheets(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_dmd, "roll_samples", lambda *_, **__: {})
+    settings = settings_of(given, tmp_path, "captions=3")
+    reproduce.main(settings, launch=inside)
+    table = (tmp_path / "table.md").read_text()
+    for method in (ODE, PLAIN, LONGER, PLUS, f"{PLUS}: beta_1_2"):
+        assert f"| {method} |" in table
+    assert "Not finished" not in table and "nan" not in table
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["methods"][PLUS]["horizons"]["1"]) == set(NUMBERS)
+    for name in ("drift", "right", "range", "sheets/self_forcing_plus-0", "sheets/ode"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000
+
+    logs = {name: last_line(tmp_path / name) for name in ("self_forcing-0", "self_forcing_plus-0")}
+    took, pace = logs["self_forcing_plus-0"]["seconds"], logs["self_forcing-0"]["seconds"] / 3
+    longer = read_notes(tmp_path / "self_forcing_longer-0" / "last.pt")
+    assert longer["done"] == max(1, round(took / pace))
+
+    reproduce.main(settings, launch=never)
+    (tmp_path / "evaluate-ode" / "seconds.json").unlink()
+    assert [stage.name for stage in Stages(settings).wanted()] == ["evaluate-ode"]
+    with pytest.raises(ConfigError, match=r"loop\.seed|horizon = 12, and it is 9 now"):
+        Stages(replace(settings, overrides={"self_forcing_plus": ["horizon=9"]})).wanted()
+
+
+def last_line(folder):
+    return json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize("config", ["reproduce_cpu", "reproduce_gpu"])
+def test_shipped_settings_lay_out_every_stage_from_nothing(config, tmp_path):
+    settings = load(
+        ReproduceSettings, [str(CONFIGS / f"{config}.toml"), f"out={tmp_path}", "given={}"], stage="reproduce"
+    )
+    lines = reproduce.plan(Stages(settings))
+    told = [line.partition(":")[0] for line in lines if ": to do" in line]
+    assert told[:5] == ["autoencoder", "teacher", "causal", "pairs", "ode"]
+    for stage in ("self_forcing-2", "self_forcing_plus-2", "self_forcing_longer-2"):
+        assert {stage, f"evaluate-{stage}"} <= set(told)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_student_is_measured_with_the_window_it_was_trained_with(given, tmp_path):
+    stages = Stages(settings_of(given, tmp_path, 'ablations={self_forcing={short=["rollout.window=9"]}}'))
+    read = stages.read(stages.by_name["evaluate-self_forcing-short-0"])
+    assert read.rollout.window == 9
+    assert stages.read(stages.by_name["evaluate-self_forcing-0"]).rollout.window == 21
+
+
+def test_only_existing_students_can_be_measured(given, tmp_path):
+    names = ["seeds=[]", "ablation_seeds=[]", f"students.mine={given / 'last.pt'}"]
+    wanted = [stage.name for stage in Stages(settings_of(given, tmp_path, *names)).wanted()]
+    assert wanted == ["evaluate-ode", "evaluate-mine"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("jobs=0", "jobs is 0; it must be at least 1"),
+        ("horizons=[]", "name at least one"),
+        ("ablation_seeds=[7]", "ablation_seeds has 7, which is none of seeds"),
+        ("given.tutor=x", "unknown stage 'tutor'; known stages: .*self_forcing-0"),
+        ("given.pairs=x", "pairs is given as x, which does not exist"),
+        ("students.ode=x", "'ode', which is the name of a stage"),
+        ("overrides.teachers=[]", "unknown key 'teachers'; known keys: autoencoder"),
+        ("overrides.ode=batch", "overrides are lists of text"),
+        ('overrides.ode=["batches=3"]', "unknown key 'batches'"),
+        ('ablations.self_forcing.x=["window=3"]', "stage self_forcing-x-0: .*unknown key 'window'"),
+        ('overrides.self_forcing=["every=2"]', "different updates of the student"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_runs(given, tmp_path, override, message):
+    given_ode = "given.ode=" if "overrides.ode" in override else "jobs=1"
+    with pytest.raises(ConfigError, match=message):
+        settings = settings_of(given, tmp_path, given_ode, override)
+        kept = {name: path for name, path in settings.given.items() if path}
+        Stages(replace(settings, given=kept))
+
+
+@pytest.mark.parametrize(
+    ("done", "horizon", "complete"), [(3, "6", True), (2, "6", False), (3, "9", "horizon"), (4, "6", "of 4")]
+)
+def test_the_saved_state_says_whether_a_run_is_complete(given, tmp_path, done, horizon, complete):
+    stages = Stages(settings_of(given, tmp_path))
+    stage = stages.by_name["self_forcing-0"]
+    (tmp_path / stage.name).mkdir()
+    state = {"done": done, "seconds": 1.0, "recipe": {"horizon": horizon}}
+    torch.save(state, tmp_path / stage.name / "last.pt")
+    if isinstance(complete, bool):
+        assert stages.is_complete(stage) == complete
+    else:
+        with pytest.raises(ConfigError, match=complete):
+            stages.is_complete(stage)
+
+
+STUBBORN = """
+import pathlib, signal, sys, time
+def save(*_):
+    pathlib.Path("saved").touch()
+    sys.exit("stopped")
+signal.signal(signal.SIGTERM, save)
+pathlib.Path("started").touch()
+time.sleep(60)
+"""
+FAILING = """
+import pathlib, time, sys
+while not pathlib.Path("started").exists():
+    time.sleep(0.01)
+sys.exit("lost")
+"""
+
+
+def starts(program, folder):
+    def launch(words, log, threads):
+        with log.open("ab") as file:
+            chosen = program if isinstance(program, str) else program[words[0]]
+            return subprocess.Popen([sys.executable, "-c", chosen], stdout=file, stderr=file, cwd=folder)
+
+    return launch
+
+
+def test_a_stop_is_passed_on(given, tmp_path):
+    stages = Stages(settings_of(given, tmp_path))
+
+    def stop():
+        while not (tmp_path / "started").exists():
+            threading.Event().wait(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(SystemExit, match="run the same command again"):
+        runner.run(stages, stages.wanted()[:1], lambda: None, launch=starts(STUBBORN, tmp_path))
+    assert (tmp_path / "saved").exists()
+    assert runner.wall_seconds(tmp_path / "evaluate-ode") > 0
+
+
+def test_a_failure_stops_the_others_and_is_told(given, tmp_path):
+    stages = Stages(settings_of(given, tmp_path, "jobs=2"))
+    pair = [stages.by_name[name] for name in ("evaluate-ode", "self_forcing-0")]
+    programs = {"training.evaluate": STUBBORN, "training.train_dmd": FAILING}
+    with pytest.raises(runner.StageError, match=r"stage self_forcing-0 failed(.|\n)*lost"):
+        runner.run(stages, pair, lambda: None, launch=starts(programs, tmp_path))
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_folder_is_taken_as_long_as_a_stage_runs_in_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "lasting.py").write_text("import time\ntime.sleep(60)\n")
+    with runner.alone(tmp_path) as held:
+        process = runner.launch(["lasting"], tmp_path / "log", 1, held=held)
+    with pytest.raises(ConfigError, match="still runs in"), runner.alone(tmp_path):
+        pass
+    process.kill()
+    process.wait()
+    with runner.alone(tmp_path):
+        pass
+
+
+def test_stages_begin_when_what_they_need_is_done(given, tmp_path):
+    stages, order = Stages(settings_of(given, tmp_path, "jobs=9")), []
+
+    def launch(words, log, threads):
+        order.append(log.parent.name)
+        return Done()
+
+    first, second = stages.by_name["self_forcing-0"], stages.by_name["evaluate-self_forcing-0"]
+    other = Stage(name="ode", kind="ode")
+    runner.run(stages, [second, first], lambda: order.append("told"), launch=launch)
+    assert order == ["self_forcing-0", "evaluate-self_forcing-0", "told"]
+    assert other.needs == ()
+
+
+def test_streaming_measures_what_the_whole_video_would(given):
+    roller = Roller(
+        str(given / "last.pt"),
+        str(given / "autoencoder.safetensors"),
+        RolloutSettings(steps=1),
+        device=torch.device("cpu"),
+        half=False,
+    )
+    captions = ["a red circle moves right slowly", "a blue square moves up fast"]
+    with torch.inference_mode():
+        videos = torch.cat(list(roller._decoded(captions, 5, 50)), dim=1)
+    assert videos.shape[:2] == (2, 50)
+    measured = roller.measure(captions, seed=5, frames=50)
+    for video, text, seconds, strip in zip(videos, captions, measured.seconds, measured.strips, strict=True):
+        assert repr(measure(video, text)) == repr(seconds)  # nan equals itself here
+        shown = (video[picks(50)].clamp(0, 1) * 255).round().byte()
+        torch.testing.assert_close(strip, shown, rtol=0, atol=0)
+
+
+def test_seconds_are_cut_from_parts_without_waiting_for_the_end():
+    taken, video = [], torch.arange(50.0)[None, :, None, None, None]
+
+    def parts():
+        for part in video.split((9, 12, 12, 12, 5), dim=1):
+            taken.append(part)
+            yield part
+
+    seconds = whole_seconds(parts())
+    first = next(seconds)
+    assert len(taken) == 2
+    torch.testing.assert_close(torch.cat([first, *seconds], dim=1), video[:, :48], rtol=0, atol=0)
+
+
+def test_a_measurement_goes_on_with_the_next_batch(given, tmp_path, monkeypatch):
+    settings = evaluate.EvaluateSettings(
+        out=str(tmp_path),
+        student=str(given / "last.pt"),
+        autoencoder=str(given / "autoencoder.safetensors"),
+        prompts=3,
+        batch=2,
+        horizons=(1,),
+        rollout=RolloutSettings(steps=1),
+    )
+    evaluate.main(settings)
+    whole = (tmp_path / "seconds.json").read_text()
+    (tmp_path / "videos" / "videos_00001.json").unlink()
+    made, plain = [], Roller.measure
+
+    def counted(self, captions, **options):
+        made.append(len(captions))
+        return plain(self, captions, **options)
+
+    monkeypatch.setattr(Roller, "measure", counted)
+    evaluate.main(settings)
+    assert made == [1]
+    assert (tmp_path / "seconds.json").read_text() == whole
+    evaluate.main(replace(settings, seed=3))
+    assert made == [1, 2, 1]
+
+
+def student(method, seed, values):
+    return Student(method=method, seed=seed, ablates="", seconds=[], at={1: dict.fromkeys(NUMBERS, values)})
+
+
+def test_spread_is_between_seeds_and_over_clips():
+    spread = spread_of("right", [[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
+    assert (spread.mean, spread.error) == (0.5, 0.25)  # binomial, of four clips
+    assert spread.deviation == pytest.approx(0.5 / 2**0.5)
+    assert spread.told(2) == "0.50 ± 0.35 (0.25)"
+    one = spread_of("exposure drift", [[1.0, 3.0]])
+    assert (one.mean, one.error, one.deviation, one.told(1)) == (2.0, 1.0, None, "2.0 (1.0)")
+
+
+def test_differences_are_of_the_same_clip_and_seed():
+    plus = [student(PLUS, 0, [1.0, 2.0]), student(PLUS, 1, [3.0, 4.0])]
+    plain = [student(PLAIN, 1, [2.0, 2.0])]
+    apart = difference("exposure drift", plus, plain, 1)
+    assert (apart.mean, apart.error, apart.deviation) == (1.5, 0.5, None)
+    shared = difference("exposure drift", plus, [student(ODE, None, [1.0, 1.0])], 1)
+    assert (shared.mean, shared.deviation) == (1.5, pytest.approx(2**0.5))
+    assert difference("right", plus, [student(PLAIN, 5, [0.0, 0.0])], 1) is None
+
+
+def test_the_truth_is_right_and_does_not_drift():
+    scene = sample_scene(3)
+    text = caption(scene, np.random.default_rng(1))
+    seconds = measure(render([scene], 160)[0], text)
+    numbers = clip_numbers(seconds, text)
+    assert (numbers["right"], numbers["right at the end"], numbers["out of range"]) == (1.0, 1.0, 0.0)
+    assert numbers["exposure drift"] < 0.02 and numbers["IoU"] > 0.9
+    darker = clip_numbers([*seconds[:-1], replace(seconds[-1], luma_drift=-0.5, overshoot=0.3)], text)
+    assert (darker["right"], darker["out of range"]) == (0.0, 1.0)
+    assert darker["exposure drift"] - numbers["exposure drift"] == pytest.approx(0.1, abs=0.01)

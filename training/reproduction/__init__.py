@@ -1,0 +1,1 @@
+"""The parts of the reproduction; ``training.reproduce`` puts them together."""
