@@ -204,7 +204,7 @@ def test_what_was_made_otherwise_is_explained_and_refused(files, whole, tmp_path
 
 def test_options_of_runs_need_a_run(files, tmp_path, capsys):
     refused(capsys, ["generate", PROMPT], "--out, the video to write, or --run")
-    refused(capsys, ["generate", "--run", str(tmp_path / "new")], "PROMPT, what the video shows")
+    refused(capsys, ["generate", "--run", str(tmp_path / "new")], "say what the video shows: either a prompt")
     refused(capsys, ["generate", PROMPT, "--out", "a.mp4", "--extend", "3"], "--extend is for runs")
     refused(capsys, ["generate", PROMPT, "--run", str(tmp_path / "new"), "--extend", "3"], "is none")
     refused(capsys, run_words(files, tmp_path / "new", "--from", "3"), "holds no run to go on from")
