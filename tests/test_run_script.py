@@ -4,9 +4,12 @@ import itertools
 
 import pytest
 import tiny
+import tiny_demo
 import torch
-from run_commands import latents, manifest
+from run_commands import aside, latents, manifest, run_words
+from tiny_demo import refused
 
+from sfpp_core import cli
 from sfpp_core.anchor import anchoring
 from sfpp_core.config import RolloutSettings
 from sfpp_core.cues import SOFT, Change
@@ -75,6 +78,11 @@ class Maker:
                 piece.keep()
             made.close()
         return latents(folder)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return tiny_demo.write(tmp_path_factory.mktemp("demo"))
 
 
 def equal(some, others):
@@ -174,3 +182,27 @@ def test_an_anchor_begins_anew_with_every_video():
     assert equal(*videos)
     assert equal(videos[0][:7], chunks[:7])
     assert not torch.equal(videos[0][8], chunks[8])
+
+
+def test_prompts_over_time_stay_where_they_are_in_a_longer_run(files, tmp_path, capsys):
+    """Of equal shares of 3 s the second begins at 1.5 s, in a longer video too."""
+    run, prompt = tmp_path / "run", "a red circle | a blue circle"
+    assert cli.main(run_words(files, run, "--switch", "cut", prompt=prompt)) == 0
+    before = latents(run)
+    assert cli.main(["generate", "--run", str(run), "--extend", "1", "--quiet"]) == 0
+    assert all(torch.equal(a, b) for a, b in zip(latents(run), before, strict=False))
+    assert not aside(run)
+    assert [chunk for chunk, _ in manifest(run)["sections"][-1]["texts"]] == [0, 2]
+    assert cli.main(["info", str(run)]) == 0
+    assert "[1.3125s cut: a blue circle]" in capsys.readouterr().out
+    assert cli.main(run_words(files, run, prompt="a red circle", seconds="4")) == 0
+    assert all(torch.equal(a, b) for a, b in zip(latents(run)[:2], before[:2], strict=True))
+    assert not torch.equal(latents(run)[2], before[2])
+
+
+def test_a_report_of_a_run_is_made_afterwards(files, tmp_path, capsys):
+    words = ("--report", str(tmp_path / "drift.json"))
+    refused(capsys, run_words(files, tmp_path / "run", *words), "python -m sfpp_core report")
+    assert not (tmp_path / "run").exists()
+    assert cli.main(tiny_demo.command(files, tmp_path / "a.mp4", *words, "--anchor", "0.5", "--quiet")) == 0
+    assert (tmp_path / "drift.json").stat().st_size
