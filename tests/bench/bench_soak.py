@@ -22,8 +22,8 @@ ALLOWED = {"rss": 1.05, "files": 1.0, "pace": 1.25}
 """Largest ratio of the last quarter to the second."""
 
 LEAST_CHUNKS = 400
-"""Chunks of the shortest run that is judged: five minutes. In a shorter one memory still grows to its size, and
-a part of the video that is joined, or what else the machine does, weighs as much as a quarter."""
+"""Chunks of the shortest run that is judged, 5 minutes: in a shorter one memory still grows to its size, and
+what else the machine does weighs as much as a quarter."""
 
 
 def sample(process):
