@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import SettingsError
+from .rollout import Finish
 
 ANCHOR_CHUNKS = 7
 """Chunks that set the target: of three latent frames, five seconds of Wan 2.1."""
@@ -119,3 +120,22 @@ class Anchor:
         else:
             self._mean = torch.lerp(self._mean, own.mean, weight / self._weight)
             self._square = torch.lerp(self._square, square, weight / self._weight)
+
+
+def anchoring(strength: float) -> Finish | None:
+    """Return what anchors the chunks of one video after another, for ``LongSampler``; ``None`` at strength 0.
+
+    It is shown every chunk of a video, in order; with chunk 0 it begins anew.
+
+    Raises:
+        SettingsError: The strength is impossible.
+    """
+    anchor = Anchor(strength=strength)
+
+    def finish(chunk: int, clean: Tensor) -> Tensor:
+        nonlocal anchor
+        if chunk == 0:
+            anchor = Anchor(strength=strength)
+        return anchor(clean)
+
+    return finish if strength else None

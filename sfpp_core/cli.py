@@ -21,15 +21,18 @@ import torch
 from tqdm import tqdm
 
 from . import drift_command
-from .cli_options import parser, request_of
+from .cli_options import choices_of, parser, request_of
 from .compute import device_named
 from .errors import SFPPError
 from .explain import file_lines
 from .generate import load, run
 from .machine import in_words, lacks_memory, peak_memory
-from .plan import plan
+from .plan import Plan, plan
 from .recording import Outcome, Progress, Recording
 from .redecode import plan_redecoding, redecode
+from .run.describe import run_lines
+from .run.manifest import is_run
+from .run.production import begin, produce
 
 DISTRIBUTION = "selfforcing-plusplus"
 """Name of this package on an index."""
@@ -72,6 +75,8 @@ def _generate(arguments: argparse.Namespace, caught: list[int]) -> int:
     torch.set_num_threads(planned.threads)
     if not arguments.quiet:
         _say("\n".join(planned.lines()))
+    if planned.request.run is not None:
+        return _generate_run(planned, arguments, caught)
     loaded = load(planned)
     return _show(
         lambda report: run(planned, loaded, report=report),
@@ -82,13 +87,28 @@ def _generate(arguments: argparse.Namespace, caught: list[int]) -> int:
     )
 
 
+def _generate_run(planned: Plan, arguments: argparse.Namespace, caught: list[int]) -> int:
+    """Make what a run lacks."""
+    choices = choices_of(arguments)
+    with begin(planned, choices) as run:
+        if not arguments.quiet:
+            _say(f"run      {run.folder}, {run.kept} of {run.chunks} chunks are there")
+        return _show(
+            lambda report: produce(planned, run, choices, report=report),
+            planned.recording,
+            frames=planned.geometry.frames,
+            arguments=arguments,
+            caught=caught,
+        )
+
+
 def _decode(arguments: argparse.Namespace, caught: list[int]) -> int:
     """Make a video of kept latents."""
     job = plan_redecoding(
         arguments.latents,
         decoder=arguments.decoder,
         out=arguments.out,
-        device=device_named(arguments.device),
+        device=device_named(arguments.device or "auto"),
         tile=arguments.tile,
         enlarge=arguments.enlarge,
     )
@@ -104,8 +124,9 @@ def _decode(arguments: argparse.Namespace, caught: list[int]) -> int:
 
 
 def _info(arguments: argparse.Namespace, caught: list[int]) -> int:  # noqa: ARG001 - the shape of a command
-    """Explain one file."""
-    sys.stdout.write("\n".join(file_lines(arguments.file)) + "\n")
+    """Explain one file, or a run."""
+    lines = run_lines(arguments.file) if is_run(arguments.file) else file_lines(arguments.file)
+    sys.stdout.write("\n".join(lines) + "\n")
     return 0
 
 
@@ -152,7 +173,8 @@ def _summary(recording: Recording, frames: int, outcome: Outcome) -> str:
     text = f"{recording.out}: {video:.1f} s, {outcome.frames} frames"
     if not outcome.complete:
         text = f"stopped; {text} of {frames / recording.fps:g} s are there and play"
-    text += f"; made in {outcome.seconds:.1f} s, {video / outcome.seconds:.2g} times as fast as it plays"
+    if (made := (outcome.frames - outcome.before) / recording.fps) > 0:
+        text += f"; made in {outcome.seconds:.1f} s, {made / outcome.seconds:.2g} times as fast as it plays"
     peak = peak_memory()
     return text + (f", peak memory {in_words(peak)}." if peak else ".")
 

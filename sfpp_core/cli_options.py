@@ -2,22 +2,29 @@
 
 import argparse
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from . import drift_command
 from .attention import NAMES
 from .cache_shape import StorageKind
 from .config import SinkPositions
-from .cues import CHANGES, SOFT, Change
+from .cues import CHANGES, Change
 from .decoder import PREVIEW
-from .errors import ScriptError, SFPPError
+from .errors import ScriptError, SettingsError, SFPPError
 from .lora import parse_lora_option
 from .naming import Choice
 from .presets import FAMILIES
 from .request import DTYPES, Request
+from .run.going_on import Replay
+from .run.manifest import is_run, read_manifest
+from .run.production import VIDEO, Choices
+from .run.requests import extended, request_fields
 from .script import load_script
 from .text_cache import default_folder
+
+_ONE_PROMPT = "say what the video shows: either a prompt, or --script with a file, and not both."
 
 Command = Callable[[argparse.Namespace, list[int]], int]
 """Runs a command; gets the arguments and the signals that come meanwhile, returns the exit code."""
@@ -29,6 +36,9 @@ examples:
       --text-encoder umt5_xxl_fp8_e4m3fn_scaled.safetensors --seconds 60 --out cat.mp4
   python -m sfpp_core generate "a red circle moves right slowly [10s] | a blue square moves up fast [10s]"
       --seconds 20 --out change.mp4
+  python -m sfpp_core generate "a red circle moves right slowly" --run circle --seconds 600
+  python -m sfpp_core generate --run circle --extend 30
+  python -m sfpp_core generate "a blue circle moves right slowly" --run blue --branch circle --from 42.5
 """
 
 NOTES = """\
@@ -73,9 +83,10 @@ def parser(commands: Mapping[str, Command], *, version: str) -> argparse.Argumen
     _add_decode_options(decode)
     report = added.add_parser("report", help=drift_command.SUMMARY, description=drift_command.SUMMARY)
     drift_command.add_options(report)
-    summary = "explain a weights file: what it holds, its sizes, the memory it needs"
+    summary = "explain a weights file: what it holds, its sizes, the memory it needs; or a run: how far it is"
     info = added.add_parser("info", help=summary, description=summary)
-    info.add_argument("file", type=Path, metavar="FILE", help="weights: a file, an index of shards, a folder")
+    said = "weights: a file, an index of shards, a folder; or the folder of a run"
+    info.add_argument("file", type=Path, metavar="FILE", help=said)
     for name, command in {"generate": generate, "decode": decode, "report": report, "info": info}.items():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.set_defaults(command=commands[name])
@@ -87,12 +98,14 @@ def _add_generate_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("prompt", nargs="?", help="what the video shows; prompts over time as explained below")
     add("--script", type=Path, metavar="FILE", help="prompts over time from a file, in place of a prompt")
-    add("--switch", type=_change, default=SOFT, metavar="WAY", help=f"how prompts change: {CHANGES}")
-    _add_output_options(command)
-    add("--seconds", type=float, default=60.0, metavar="S", help="length in seconds (default 60)")
-    add("--seed", type=int, default=0, metavar="N", help="seed of all noise, any whole number (default 0)")
+    add("--switch", type=_change, metavar="WAY", help=f"how prompts change (default soft): {CHANGES}")
+    _add_output_options(command, required=False)
+    add("--seconds", type=float, metavar="S", help="length in seconds (default 60)")
+    add("--seed", type=int, metavar="N", help="seed of all noise, any whole number (default 0)")
     add("--start", type=Path, metavar="PATH", help="begin with a picture, a clip, or a folder of latents")
     add("--latents", type=Path, metavar="FOLDER", help="keep the latents there, to be decoded again")
+    said = "measure drift meanwhile: a folder, or a .csv, .json or .png file"
+    add("--report", type=Path, metavar="PATH", help=said)
     add = command.add_argument_group("size").add_argument
     add(
         "--width",
@@ -122,12 +135,16 @@ def _add_generate_options(command: argparse.ArgumentParser) -> None:
     add("--overlap", type=int, metavar="N", help="latent frames shared by windows that start anew; 0 rolls")
     add("--steps", type=int, metavar="N", help="denoising steps per chunk, e.g. 4")
     add("--shift", type=float, metavar="X", help="shift of the noise levels towards 1, e.g. 5")
+    said = "pull colour and contrast towards the first seconds, from 0 (off) to 1"
+    add("--anchor", type=float, metavar="X", help=said)
+    add("--context-sigma", type=float, metavar="X", help="noise on the past as remembered (default 0)")
     _add_models(command)
+    _add_run(command)
     add = _add_machine(command)
     kinds = get_args(StorageKind)
-    add("--cache", dest="storage", choices=kinds, default="plain", help="how keys and values are kept")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto is float32 on a CPU, else bfloat16")
-    add("--attention", metavar="NAME", default="auto", help=f"back end: {', '.join(NAMES)} (default auto)")
+    add("--cache", dest="storage", choices=kinds, help="how keys and values are kept")
+    add("--dtype", choices=("auto", *DTYPES), help="auto is float32 on a CPU, else bfloat16")
+    add("--attention", metavar="NAME", help=f"back end: {', '.join(NAMES)} (default auto)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: one for small videos, else all)")
 
 
@@ -136,8 +153,8 @@ def _add_models(command: argparse.ArgumentParser) -> None:
     models = command.add_argument_group("models", "defaults are those of the embedded demo")
     add = models.add_argument
     add("--student", type=Path, metavar="PATH", help="student: safetensors, .pt, shards, a diffusers folder")
-    add("--weights", choices=get_args(Choice), default="auto", help="averaged or live weights of a .pt")
-    add("--lora", type=_lora, action="append", default=[], metavar="FILE[:X]", help="LoRA and its strength")
+    add("--weights", choices=get_args(Choice), help="averaged or live weights of a .pt")
+    add("--lora", type=_lora, action="append", metavar="FILE[:X]", help="LoRA and its strength")
     add("--text-encoder", type=Path, metavar="PATH", help="umT5: single file, .pth, a diffusers folder")
     add("--tokenizer", type=Path, metavar="PATH", help="its tokenizer, where it is not beside it")
     said = "keep text embeddings there; without a name, in your cache folder"
@@ -149,16 +166,38 @@ def _add_models(command: argparse.ArgumentParser) -> None:
 
 def _add_decode_options(command: argparse.ArgumentParser) -> None:
     """Add the options of ``decode``."""
-    command.add_argument("latents", type=Path, metavar="FOLDER", help="what --latents has kept")
-    _add_output_options(command)
+    command.add_argument("latents", type=Path, metavar="FOLDER", help="what --latents or --run has kept")
+    _add_output_options(command, required=True)
     _add_decoder(command)
     _add_machine(command)
 
 
-def _add_output_options(command: argparse.ArgumentParser) -> None:
+def _add_run(command: argparse.ArgumentParser) -> None:
+    """Add the options of a run on disk."""
+    said = "a folder that keeps all that is made: the same command goes on with it, whatever ended it"
+    add = command.add_argument_group("run", said).add_argument
+    add("--run", type=Path, metavar="FOLDER", help="its folder; what is not said again is as it was")
+    add("--extend", type=float, metavar="S", help="make a complete run longer by so many seconds")
+    add("--from", dest="seconds_kept", type=float, metavar="S", help="make it anew from this second on")
+    add(
+        "--branch", type=Path, metavar="OLD", help="let a new run share its beginning, up to --from, with OLD"
+    )
+    add("--restart", action="store_true", help="begin again; what is there is moved aside, never deleted")
+    said = "how the past is recalled: all of it, exactly, or the last windows; auto is all of a short past"
+    add("--replay", choices=get_args(Replay), default="auto", help=said)
+    said = "keep keys and values too, every N chunks and at the end: a run goes on exactly, and at once"
+    add("--keep-cache", type=int, default=0, metavar="N", help=said)
+
+
+def _add_output_options(command: argparse.ArgumentParser, *, required: bool) -> None:
     """Add where a video goes."""
     add = command.add_argument
-    add("--out", required=True, metavar="PATH", help="video to write: name.mp4, or a folder for PNG pictures")
+    add(
+        "--out",
+        required=required,
+        metavar="PATH",
+        help="video to write: name.mp4, or a folder for PNG pictures",
+    )
     add("--enlarge", type=int, metavar="N", help="show each pixel as N x N (default: about 512 pixels high)")
     add("--quiet", action="store_true", help="only warnings and errors")
 
@@ -175,7 +214,7 @@ def _add_decoder(command: argparse._ActionsContainer) -> None:
 def _add_machine(command: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
     """Add where to compute; return what adds more to that group."""
     add = command.add_argument_group("machine").add_argument
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is the GPU if there is one")
+    add("--device", choices=("auto", "cpu", "cuda"), help="auto is the GPU if there is one")
     return add
 
 
@@ -208,34 +247,67 @@ def _decoder(text: str) -> Path | str:
     return text if text == PREVIEW else Path(text)
 
 
-def _prompt(arguments: argparse.Namespace) -> str:
-    """Return the prompt, or what the file in its place holds."""
-    if (arguments.prompt is None) == (arguments.script is None):
-        raise ScriptError("say what the video shows: either a prompt, or --script with a file, and not both.")
-    return arguments.prompt if arguments.script is None else load_script(arguments.script)
-
-
 def request_of(arguments: argparse.Namespace) -> Request:
-    """Return what the arguments of ``generate`` ask for.
+    """Return what the arguments of ``generate`` ask for. A run that is there says what they leave open.
 
     Raises:
+        CheckpointError: The run is damaged.
         ScriptError: There is no prompt, or one too many, or the file of a script cannot be read.
+        SettingsError: They leave too much open, or do not go together.
     """
-    given = vars(arguments)
-    names = (
-        "switch",
-        "out",
-        "seconds",
-        "seed",
-        "width",
-        "height",
-        "student",
-        "words",
-        "decoder",
-        "enlarge",
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    known = _said_before(arguments)
+    if "script" in given:
+        if "prompt" in given:
+            raise ScriptError(_ONE_PROMPT)
+        given["prompt"] = load_script(given["script"])
+    if arguments.extend is not None:
+        known["seconds"] = extended(arguments.run, arguments.extend)
+    if "prompt" not in {**known, **given}:
+        raise ScriptError(_ONE_PROMPT)
+    if arguments.run is not None:
+        known["run"] = arguments.run
+        known.setdefault("out", str(arguments.run / VIDEO))
+    elif arguments.out is None:
+        raise SettingsError(
+            "the following arguments are required: --out, the video to write, or --run, a folder for it all."
+        )
+    fresh = {field.name: given[field.name] for field in fields(Request) if field.name in given}
+    if "lora" in given:
+        fresh["loras"] = tuple(given["lora"])
+    changed = {name: given[name] for name in _SETTINGS if name in given}
+    settings = {**known.get("settings", {}), **changed}
+    return Request(**{**known, **fresh, "settings": settings})
+
+
+def choices_of(arguments: argparse.Namespace) -> Choices:
+    """Return what else the arguments of ``generate`` say of a run."""
+    return Choices(
+        seconds_kept=arguments.seconds_kept,
+        branch=arguments.branch,
+        anew=arguments.restart,
+        replay=arguments.replay,
+        keep_cache=arguments.keep_cache,
     )
-    names += ("preset", "weights", "text_encoder", "tokenizer", "text_cache", "tile", "start", "encoder")
-    names += ("latents", "storage", "attention", "device", "dtype", "threads")
-    settings = {name: given[name] for name in _SETTINGS if given[name] is not None}
-    chosen = {name: given[name] for name in names}
-    return Request(prompt=_prompt(arguments), **chosen, loras=tuple(given["lora"]), settings=settings)
+
+
+def _said_before(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of the request that a run, or the one it branches from, was begun with."""
+    run, branch = arguments.run, arguments.branch
+    alone = {"--extend": arguments.extend, "--from": arguments.seconds_kept, "--branch": branch}
+    alone["--restart"] = arguments.restart or None
+    if run is None:
+        if idle := [option for option, value in alone.items() if value is not None]:
+            raise SettingsError(f"{idle[0]} is for runs; name the folder of one with --run.")
+        return {}
+    if arguments.keep_cache < 0:
+        raise SettingsError(f"--keep-cache is {arguments.keep_cache}; it must be 0 or more chunks.")
+    if arguments.restart:
+        return {}
+    if is_run(run):
+        return request_fields(read_manifest(run).request, where=run)
+    if branch is None:
+        return {}
+    known = request_fields(read_manifest(branch).request, where=branch)
+    del known["out"]
+    return known

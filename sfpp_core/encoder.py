@@ -4,15 +4,17 @@ ffmpeg is the binary that imageio-ffmpeg brings along; it comes without ffprobe.
 """
 
 import contextlib
+import errno
 import os
 import re
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
+from typing import IO
 
 import numpy as np
 
@@ -69,10 +71,33 @@ def video_info(path: OutputPath) -> VideoInfo:
 class Encoder:
     """One ffmpeg process per MP4. It starts with the first frame and ends when its input ends."""
 
-    def __init__(self, path: Path, *, width: int, height: int, fps: float, enlarge: int) -> None:
-        """Prepare, without touching ``path`` yet. Sizes are those of the frames put in."""
+    def __init__(
+        self,
+        path: Path,
+        *,
+        width: int,
+        height: int,
+        fps: float,
+        enlarge: int,
+        receive: Callable[[IO[bytes]], None] | None = None,
+    ) -> None:
+        """Prepare, without touching ``path`` yet. Sizes are those of the frames put in.
+
+        Args:
+            path: The video.
+            width: Pixels.
+            height: Pixels.
+            fps: Frames per second.
+            enlarge: Side, in pixels, of the square each pixel becomes.
+            receive: Reads the MP4 to its end and stores it, in a thread of its own; may raise OSError.
+                ``None`` lets the encoder write ``path``.
+        """
         self._path = path
-        self._command = _command(path, width=width, height=height, fps=fps, enlarge=enlarge)
+        target = ["-f", "mp4", "pipe:1"] if receive else [f"file:{path}"]
+        self._command = [*_command(width=width, height=height, fps=fps, enlarge=enlarge), *target]
+        self._receive = receive
+        self._receiver = Thread(target=self._take, name="encoder-output", daemon=True)
+        self._trouble: OSError | None = None
         self._frames = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._said: deque[bytes] = deque(maxlen=20)
@@ -98,8 +123,15 @@ class Encoder:
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):  # a broken pipe; the exit status says more
             self._process.stdin.close()
+        if self._receive is not None:
+            self._receiver.join()
         status = self._process.wait()
         self._listener.join()
+        if self._trouble is not None:
+            full = self._trouble.errno == errno.ENOSPC
+            remedy = "free some room or write to another disk" if full else "choose another folder"
+            why = self._trouble.strerror or self._trouble
+            raise OutputError(f"{self._path} cannot be written ({why}); {remedy}.") from self._trouble
         if status:
             raise self._failure(status)
 
@@ -111,13 +143,27 @@ class Encoder:
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL if self._receive is None else subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
             creationflags=flags,
         )
         self._listener.start()
+        if self._receive is not None:
+            self._receiver.start()
         return self._process
+
+    def _take(self) -> None:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        assert self._receive is not None
+        try:
+            self._receive(self._process.stdout)
+        except OSError as error:
+            self._trouble = error
+            self._process.kill()  # it would wait for ever for somebody to read
+        finally:
+            self._process.stdout.close()
 
     def _listen(self) -> None:
         assert self._process is not None
@@ -157,8 +203,8 @@ def last_words(lines: Iterable[str]) -> str:
     return telling[-1].rstrip(".") if telling else "it said nothing"
 
 
-def _command(path: Path, *, width: int, height: int, fps: float, enlarge: int) -> list[str]:
-    """Return the command line: raw RGB in, fragmented H.264 MP4 out, in limited-range BT.709."""
+def _command(*, width: int, height: int, fps: float, enlarge: int) -> list[str]:
+    """Return the command but for its output: raw RGB in, fragmented H.264 MP4, in limited-range BT.709."""
     bt709 = (
         "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
     )
@@ -178,4 +224,4 @@ def _command(path: Path, *, width: int, height: int, fps: float, enlarge: int) -
     growing = f"-movflags +frag_keyframe+empty_moov+default_base_moof {fragments}"
     command = [find_ffmpeg(), "-hide_banner", "-loglevel", "error", "-y", *source.split()]
     command += ["-filter_threads", "1", "-vf", ",".join(filters)]
-    return [*command, *f"{codec} {keyframes} {colours} {growing}".split(), f"file:{path}"]
+    return [*command, *f"{codec} {keyframes} {colours} {growing}".split()]

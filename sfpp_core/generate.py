@@ -11,11 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .anchor import anchoring
 from .arithmetic import fast_products
 from .checkpoint import load_student
-from .compute import decoder_dtype
+from .compute import decoder_dtype, tiles_rest_on
 from .cues import Cue
 from .decoder import StreamingDecoder, StreamingEncoder, load_decoder, load_encoder
+from .drift import Borders
+from .drift_report import watched
 from .errors import OutputError
 from .geometry import TEMPORAL_STRIDE
 from .latents_file import LatentsInfo, save_latents
@@ -45,7 +48,7 @@ def load(planned: Plan) -> Loaded:
     Raises:
         CheckpointError: A file is damaged where its header does not show it, e.g. holds weights that are NaN.
     """
-    channels, beginning = planned.decoder.space.channels, planned.beginning
+    beginning = planned.beginning
     cues = planned.timetable.cues(planned.source.embeddings(planned.device))
     start = None
     if beginning is not None:
@@ -57,14 +60,7 @@ def load(planned: Plan) -> Loaded:
         adapters=planned.adapters,
         choice=planned.request.weights,
     )
-    decoder = load_decoder(
-        planned.decoder_place,
-        device=planned.device,
-        dtype=decoder_dtype(planned.device),
-        channels=channels,
-    )
-    if planned.request.tile is not None:
-        decoder = TiledDecoder(decoder, tile=planned.request.tile, rest_on=planned.tiles_rest_on)
+    decoder = load_planned_decoder(planned, planned.device)
     sampler = LongSampler(
         student=CausalStudent(network, config, attend=planned.attend),
         geometry=planned.geometry,
@@ -73,8 +69,27 @@ def load(planned: Plan) -> Loaded:
         device=planned.device,
         storage=planned.request.storage,
         restart=_restart(planned, decoder),
+        context_sigma=planned.request.context_sigma,
+        finish=anchoring(planned.request.anchor),
     )
     return Loaded(sampler=sampler, cues=cues, decoder=decoder, start=start)
+
+
+def load_planned_decoder(planned: Plan, device: torch.device) -> StreamingDecoder:
+    """Load the decoder of a plan onto ``device``, in tiles if it asks for them.
+
+    Raises:
+        CheckpointError: As ``load``.
+    """
+    decoder = load_decoder(
+        planned.decoder_place,
+        device=device,
+        dtype=decoder_dtype(device),
+        channels=planned.decoder.space.channels,
+    )
+    if planned.request.tile is not None:
+        decoder = TiledDecoder(decoder, tile=planned.request.tile, rest_on=tiles_rest_on(device))
+    return decoder
 
 
 def _load_encoder(planned: Plan) -> StreamingEncoder:
@@ -126,8 +141,10 @@ def run(planned: Plan, loaded: Loaded, *, report: Callable[[Progress], None]) ->
         NumericsError: The student produced numbers that are not finite.
         OutputError: As ``recording.record``.
     """
-    with fast_products(planned.device):
-        return record(_pieces(planned, loaded), planned.recording, report=report)
+    borders = Borders(period=TEMPORAL_STRIDE * planned.settings.chunk, first=planned.geometry.frames_kept(0))
+    watching = watched(planned.request.report, fps=planned.recording.fps, borders=borders)
+    with fast_products(planned.device), watching as observe:
+        return record(_pieces(planned, loaded), planned.recording, report=report, observe=observe)
 
 
 def _pieces(planned: Plan, loaded: Loaded) -> Iterator[Tensor]:

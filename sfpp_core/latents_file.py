@@ -9,6 +9,7 @@ Legend: B batch, C channels, T latent frames, F frames, H and W pixels, h and w 
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,14 @@ from .weights_file import DTYPES, Header, read_header, read_tensor, write
 METADATA_KEY = "sfpp_latents"
 """Name of what is known of the video in the metadata of each file."""
 
+LINK_KEY = "sfpp_run"
+"""Name, in the metadata, of what ties a chunk of a run to the one before."""
+
 TENSOR = "latents"
 """Name of the one tensor of each file."""
+
+FOLDER = "latents"
+"""Name of the folder in that of a run."""
 
 NAME = "chunk_%06d.safetensors"
 """Names of the files."""
@@ -60,6 +67,21 @@ class LatentsInfo:
 
     run: str = ""
     """Digest of whatever else decides the video: student, settings, start."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """What ties a chunk of a run to the one before. Such chunks may say different things of their video: its
+    length, prompt and seed can change on the way."""
+
+    key: str
+    """Digest of all that decides this chunk."""
+
+    before: str
+    """Key of the chunk before; empty for the first."""
+
+    checksum: str = ""
+    """Digest of the numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,14 +126,51 @@ class Latents:
         Raises:
             CheckpointError: The file was damaged or removed, or holds numbers that are not finite.
         """
-        path = self.folder / (NAME % chunk)
-        latents = read_tensor(path, read_header(path), TENSOR).float()
-        if not torch.isfinite(latents).all():
-            raise CheckpointError(f"{path} holds latents that are not finite; generate the video again.")
-        return latents
+        return read_chunk(self.folder / (NAME % chunk))
 
 
-def save_latents(folder: Path, chunk: int, latents: Tensor, info: LatentsInfo) -> None:
+def read_chunk(path: Path) -> Tensor:
+    """Return the normalised latents ``(B, C, T, h, w)`` of one file, float32.
+
+    Raises:
+        CheckpointError: The file was damaged or removed, or holds numbers that are not finite.
+    """
+    header = read_header(path)
+    if TENSOR not in header.tensors:
+        raise CheckpointError(f"{path} holds no latents; generate the video again.")
+    latents = read_tensor(path, header, TENSOR)
+    link = read_link(path, header)
+    if link is not None and link.checksum != checksum_of(latents):
+        raise CheckpointError(f"{path} is damaged: its numbers are not those that were written.")
+    latents = latents.float()
+    if not torch.isfinite(latents).all():
+        raise CheckpointError(f"{path} holds latents that are not finite; generate the video again.")
+    return latents
+
+
+def checksum_of(latents: Tensor) -> str:
+    """Return a digest of the numbers of a tensor, bit by bit."""
+    content = latents.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return blake2b(content.data, digest_size=16).hexdigest()
+
+
+def read_link(path: Path, header: Header) -> Link | None:
+    """Return what ties a chunk to the one before, or ``None`` where it is of no run.
+
+    Raises:
+        CheckpointError: It says something impossible.
+    """
+    table = header.table(LINK_KEY, where=str(path))
+    if table is None:
+        return None
+    if table.keys() != {"key", "before", "checksum"} or not all(isinstance(v, str) for v in table.values()):
+        raise CheckpointError(f"{path} does not say which chunk of a run it is; it is damaged.")
+    return Link(**table)
+
+
+def save_latents(
+    folder: Path, chunk: int, latents: Tensor, info: LatentsInfo, *, link: Link | None = None
+) -> None:
     """Save one chunk of a video; the folder is made for the first.
 
     A chunk that is already there is replaced: all that decides a video is in ``info``.
@@ -120,7 +179,8 @@ def save_latents(folder: Path, chunk: int, latents: Tensor, info: LatentsInfo) -
         folder: Of this video alone.
         chunk: Its number, from 0.
         latents: Normalised, ``(B, C, T, h, w)``; kept in their dtype.
-        info: What video it is; the same for every chunk.
+        info: What video it is; the same for every chunk that has no link.
+        link: Ties a chunk of a run to the one before; its checksum is made here.
 
     Raises:
         OutputError: The folder holds another video, or cannot be written.
@@ -129,10 +189,13 @@ def save_latents(folder: Path, chunk: int, latents: Tensor, info: LatentsInfo) -
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise OutputError(f"the folder {folder} cannot be made: {error.strerror or error}.") from error
-    _refuse_another(folder, info)
-    write(
-        folder / (NAME % chunk), {TENSOR: latents}, {METADATA_KEY: json.dumps(asdict(info), sort_keys=True)}
-    )
+    metadata = {METADATA_KEY: json.dumps(asdict(info), sort_keys=True)}
+    if link is None:
+        _refuse_another(folder, info)
+    else:
+        tied = {**asdict(link), "checksum": checksum_of(latents)}
+        metadata[LINK_KEY] = json.dumps(tied, sort_keys=True)
+    write(folder / (NAME % chunk), {TENSOR: latents}, metadata)
 
 
 def check_latents_folder(folder: Path, info: LatentsInfo) -> None:
@@ -158,20 +221,22 @@ def load_latents(path: Path) -> Latents:
     """Return the chunks saved in a folder; only headers are read.
 
     Args:
-        path: The folder, or a file in it.
+        path: The folder, a file in it, or the folder of a run.
 
     Raises:
         CheckpointError: There are no latents, a chunk is missing between others, or a file is damaged or
             belongs to another video.
     """
     folder = path.parent if path.is_file() else path
+    if (folder / FOLDER).is_dir():
+        folder /= FOLDER
     if not folder.is_dir():
         raise CheckpointError(f"{path} does not exist; name the folder of latents that a run has left.")
     files = sorted(folder.glob(NAME.replace("%06d", "[0-9]" * 6)))
     if not files:
         raise CheckpointError(f"{folder} holds no latents ({NAME % 0}, ...); name the folder a run has left.")
     headers = {file: read_header(file) for file in files}
-    info = _info(files[0], headers[files[0]])
+    info, before = _info(files[0], headers[files[0]]), files[0]
     shape, latent_frames = _shape(files[0], headers[files[0]], info), 0
     for chunk, file in enumerate(files):
         if file.name != NAME % chunk:
@@ -179,12 +244,21 @@ def load_latents(path: Path) -> Latents:
                 f"{folder / (NAME % chunk)} is missing; what comes after it cannot be decoded."
             )
         same = _shape(file, headers[file], info)
-        if _info(file, headers[file]) != info or (same[0], *same[3:]) != (shape[0], *shape[3:]):
+        own = _info(file, headers[file])
+        if _tied(before, file, headers):
+            info = own
+        if own != info or (same[0], *same[3:]) != (shape[0], *shape[3:]):
             raise CheckpointError(
                 f"{file} belongs to another video than {files[0].name}; remove one of them."
             )
-        latent_frames += same[2]
+        latent_frames, before = latent_frames + same[2], file
     return Latents(folder=folder, info=info, chunks=len(files), latent_frames=latent_frames)
+
+
+def _tied(before: Path, file: Path, headers: dict[Path, Header]) -> bool:
+    """Return whether a chunk goes on from the one before, in a run that may have changed in between."""
+    link, last = read_link(file, headers[file]), read_link(before, headers[before])
+    return link is not None and last is not None and (file == before or link.before == last.key)
 
 
 def decode_latents(latents: Latents, decoder: StreamingDecoder) -> Iterator[Tensor]:

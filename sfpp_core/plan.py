@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from . import demo
+from .anchor import Anchor
 from .attention import Attend, choose, matmul
 from .beginning import Beginning, read_beginning
 from .cache_shape import Bytes
@@ -16,6 +17,7 @@ from .compute import decoder_dtype, device_named, dtype_named, threads_for, tile
 from .config import RolloutSettings, StudentConfig, to_table
 from .decoder import DecoderInfo, check_decoder, check_encoder
 from .decoder_memory import decoder_bytes
+from .drift_report import ReportFiles
 from .errors import OutputError, SettingsError
 from .forecast import Forecast, forecast
 from .geometry import VideoGeometry, frames_in
@@ -29,6 +31,7 @@ from .presets import SELF_FORCING, of_family
 from .prompts import PromptSource, is_of_the_demo, prompt_source
 from .recording import Recording
 from .request import Request
+from .sampler import check_context_sigma
 from .script import read_script
 from .timetable import Timetable, timetable
 
@@ -113,6 +116,8 @@ class Plan:
         made = (
             named,
             str(request.switch),
+            request.anchor,
+            request.context_sigma,
             settings,
             self.geometry.lead,
             str(self.dtype),
@@ -173,7 +178,7 @@ def plan(request: Request) -> Plan:
     _warn_of_options_without_effect(request, config, settings)
     adapters = tuple(read_adapter(path, config, strength=strength) for path, strength in request.loras)
     table = timetable(script, geometry)
-    for warning in table.warnings:
+    for warning in (*table.warnings, *table.without_effect(settings)):
         logger.warning("%s", warning)
     source = prompt_source(
         table.prompts,
@@ -192,7 +197,9 @@ def plan(request: Request) -> Plan:
     if enlarge is None:
         enlarge = automatic_enlargement(geometry.width, geometry.height)
     check_enlargement(enlarge, width=geometry.width, height=geometry.height)
-    _check_output(request.out, geometry, enlarge, request.start)
+    _check_controls(request)
+    if request.run is None:  # a run finds its own video there
+        _check_output(request.out, geometry, enlarge, request.start)
     device = device_named(request.device)
     dtype = dtype_named(request.dtype, device)
     attend = choose(
@@ -258,6 +265,8 @@ def _warn_of_options_without_effect(
         "--encoder without --start or overlapping windows": request.encoder is not None
         and request.start is None
         and not settings.overlap,
+        "--latents beside --run, which keeps them anyway": request.latents is not None
+        and request.run is not None,
         "--words beside --text-encoder": request.words is not None and request.text_encoder is not None,
         "--tokenizer without --text-encoder": request.tokenizer is not None and request.text_encoder is None,
         "--text-cache without --text-encoder": request.text_cache is not None
@@ -344,6 +353,20 @@ def _check_output(out: str, geometry: VideoGeometry, enlarge: int, start: Path |
         out, frames=geometry.frames, width=geometry.width, height=geometry.height, enlarge=enlarge
     )
     check_output(out, expected_bytes=size)
+
+
+def _check_controls(request: Request) -> None:
+    """Refuse an anchor, a noise of the past or a report that cannot be."""
+    Anchor(strength=request.anchor)
+    check_context_sigma(request.context_sigma)
+    if request.report is None:
+        return
+    if request.run is not None:
+        raise SettingsError(
+            "a run does not take --report: what was made before would be missing; measure its video "
+            f"afterwards with: python -m sfpp_core report {request.out}"
+        )
+    ReportFiles.at(request.report).check()
 
 
 def _check_memory(expected: Forecast, device: torch.device) -> None:

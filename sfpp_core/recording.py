@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .outputs import OutputPath
-from .video import open_writer
+from .video import Writer, open_writer
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,9 @@ class Outcome:
     complete: bool
     """Whether the whole video was made; otherwise Ctrl-C ended it."""
 
+    before: int = 0
+    """Frames that were there at the start."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
@@ -69,6 +72,8 @@ def record(
     recording: Recording,
     *,
     report: Callable[[Progress], None],
+    writer: Writer | None = None,
+    before: Progress | None = None,
     observe: Callable[[Tensor], None] | None = None,
 ) -> Outcome:
     """Write the frames ``(F, 3, H, W)`` of chunk after chunk. Another process encodes them meanwhile.
@@ -79,14 +84,18 @@ def record(
         pieces: Frames in [0, 1], made as they are asked for.
         recording: Where they go.
         report: Called after every chunk.
+        writer: What goes on with a video; ``None`` begins one.
+        before: How far that video is.
         observe: Sees the frames of every chunk once the writer has them, e.g. ``DriftWatch.add``.
 
     Raises:
         OutputError: The disk is full or the encoder died. As after any error, the file plays up to there, and
             a note on the error says how far that is.
     """
-    complete, start, done = False, time.perf_counter(), 0
-    writer = open_writer(
+    complete, start = False, time.perf_counter()
+    before = before or Progress(chunks=0, total_chunks=recording.chunks, frames=0)
+    done = before.frames
+    writer = writer or open_writer(
         recording.out,
         width=recording.width,
         height=recording.height,
@@ -95,7 +104,7 @@ def record(
     )
     try:
         with writer:
-            for chunk, frames in enumerate(pieces):
+            for chunk, frames in enumerate(pieces, start=before.chunks):
                 writer.write(frames)
                 done += len(frames)
                 if observe is not None:
@@ -105,7 +114,9 @@ def record(
     except KeyboardInterrupt:
         logger.debug("interrupted")
     except Exception as error:
-        if writer.frames_written:
-            error.add_note(f"The first {writer.frames_written} frames are in {recording.out}.")
+        if frames := before.frames + writer.frames_written:
+            error.add_note(f"The first {frames} frames are in {recording.out}.")
         raise
-    return Outcome(frames=writer.frames_written, seconds=time.perf_counter() - start, complete=complete)
+    frames = before.frames + writer.frames_written
+    seconds = time.perf_counter() - start
+    return Outcome(frames=frames, seconds=seconds, complete=complete, before=before.frames)

@@ -1,7 +1,7 @@
 """Kept latents become a video again: in better quality than the first time, or after a crash."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from .latents_file import Latents, decode_latents, load_latents
 from .machine import in_words, memory_of
 from .outputs import automatic_enlargement, check_enlargement, check_output, forecast_bytes
 from .recording import Outcome, Progress, Recording, record
+from .run.manifest import is_run, read_manifest
 from .tiling import TiledDecoder
 
 
@@ -56,7 +57,7 @@ def plan_redecoding(
     """Check what is asked for; only headers are read.
 
     Args:
-        path: Folder of latents.
+        path: Folder of latents, or of a run.
         decoder: As for ``load_decoder``; ``None`` is the demo's, for latents of the demo.
         out: Video to write.
         device: Where the decoder computes.
@@ -67,6 +68,10 @@ def plan_redecoding(
         SFPPError: Something is impossible; the message says what, and what to do instead.
     """
     latents = load_latents(path)
+    if is_run(path):  # its chunks may be older than its length
+        planned = read_manifest(path).geometry
+        info = replace(latents.info, frames=planned.frames, chunks=planned.chunks)
+        latents = replace(latents, info=info)
     info = latents.info
     if decoder is None:
         if info.space != DEMO.name:

@@ -85,6 +85,18 @@ class Request:
     storage: StorageKind = "plain"
     """How keys and values are kept."""
 
+    report: Path | None = None
+    """Where the drift is reported that is measured meanwhile, as for ``ReportFiles.at``."""
+
+    anchor: float = 0.0
+    """Strength, 0 to 1, of what pulls colour and contrast towards the first seconds; see ``anchor``."""
+
+    context_sigma: float = 0.0
+    """See ``LongSampler``."""
+
+    run: Path | None = None
+    """Folder of the run this is to be; ``None`` makes a video alone."""
+
     enlarge: int | None = None
     """Side, in pixels, of the square each pixel becomes."""
 

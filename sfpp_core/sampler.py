@@ -70,10 +70,7 @@ class LongSampler:
                 f"geometry has chunks of {self.geometry.chunk} latent frames and the settings of "
                 f"{self.settings.chunk}; build both with the same chunk."
             )
-        if not 0 <= self.context_sigma < 1:
-            raise SettingsError(
-                f"context_sigma is {self.context_sigma:g}; it must be from 0 to below 1, e.g. 0 or 0.1."
-            )
+        check_context_sigma(self.context_sigma)
 
     @torch.inference_mode()
     def chunks(
@@ -203,6 +200,16 @@ class LongSampler:
         oldest = chunk - 2 * self.settings.window_chunks
         for old in [old for old in held if old < oldest and old not in sink]:
             del held[old]
+
+
+def check_context_sigma(sigma: float) -> None:
+    """Refuse a noise of the past that cannot be.
+
+    Raises:
+        SettingsError: It is not from 0 to below 1.
+    """
+    if not 0 <= sigma < 1:
+        raise SettingsError(f"context_sigma is {sigma:g}; it must be from 0 to below 1, e.g. 0 or 0.1.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,15 @@ def read_json(text: str, *, change: Change) -> Script:
     return _script(table.get("common", ""), scenes, change)
 
 
+def timed(script: Script, seconds: float) -> str:
+    """Return a script as JSON in which every scene has a time, for a video of ``seconds``."""
+    scenes = [
+        {"at": scene.begins(seconds), "prompt": scene.prompt, "switch": str(scene.change)}
+        for scene in script.scenes
+    ]
+    return json.dumps({"scenes": scenes}, ensure_ascii=False)
+
+
 def _script(common: str, tables: Sequence[Mapping[str, Any]], change: Change) -> Script:
     """Return the scenes of ``tables``, each checked by itself."""
     timing = {key for table in tables for key in ("at", "for") if key in table}

@@ -40,6 +40,11 @@ class Entry:
         """How it takes over from the scene before."""
         return self.scene.change
 
+    @property
+    def text(self) -> str:
+        """The prompt, with when and how it takes over: ``[5.0625s cut: a dog]``; the first goes without."""
+        return f"[{self.actual:g}s {self.change}: {self.scene.prompt}]" if self.chunk else self.scene.prompt
+
     def __str__(self) -> str:
         return f"scene {self.number} ({short(self.scene.prompt)!r})"
 
@@ -87,6 +92,10 @@ class Timetable:
             for entry in self.entries[1:]
             if entry.change.sink
         ]
+
+    def text(self, chunk: int) -> str:
+        """Return what is heard at ``chunk``, in words that say how it came about; see ``Entry.text``."""
+        return next(entry.text for entry in reversed(self.entries) if entry.chunk <= chunk)
 
     def lines(self) -> list[str]:
         """Return the table for people: scene, wanted second, chunk, actual second, change, prompt."""

@@ -215,20 +215,22 @@ def open_writer(
     if moving:
         sink = Encoder(Path(path), width=width, height=height, fps=fps, enlarge=enlarge)
     else:
-        sink = _Pictures(*split_pattern(path), enlarge)
+        sink = Pictures(*split_pattern(path), enlarge)
     return Writer(sink, width=width, height=height, waiting=waiting)
 
 
-class _Pictures:
+class Pictures:
     """Numbered PNG files in one folder."""
 
-    def __init__(self, folder: Path, name: str, enlarge: int) -> None:
+    def __init__(self, folder: Path, name: str, enlarge: int, *, first: int = 0) -> None:
+        """Take where they go, how large each pixel becomes, and the number of the next."""
         self._folder = folder
         self._name = name
         self._enlarge = enlarge
-        self._frames = 0
+        self._frames = first
 
     def put(self, picture: np.ndarray) -> None:
+        """Write one frame, ``(H, W, 3)`` in bytes."""
         from PIL import Image
 
         final = self._folder / (self._name % self._frames)

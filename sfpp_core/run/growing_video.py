@@ -1,0 +1,221 @@
+"""A video that can be gone on with: one MP4, encoded in parts of a fixed number of frames.
+
+Each part is the work of an encoder of its own, so its bytes depend on its frames alone. Whatever ended the
+encoder in the middle of a part, the file is cut where that part begins and the part is encoded again: in the
+end the file is, byte for byte, that of a run that nothing ended.
+"""
+
+import os
+import subprocess
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from ..encoder import Encoder, find_ffmpeg, last_words
+from ..errors import OutputError
+from .fragments import (
+    Part,
+    fragments,
+    head_of,
+    moved,
+    new_digest,
+    parts,
+    read_box,
+    seal,
+    ticks_per_frame,
+)
+
+PART_FRAMES = 160
+"""Frames of a part, 10 seconds at 16 per second: what is encoded again, at most, when a run goes on."""
+
+
+class GrowingVideo:
+    """Where the frames of a run end. Puts them into an MP4 that plays at every moment."""
+
+    def __init__(self, path: Path, *, width: int, height: int, fps: float, enlarge: int, frames: int) -> None:
+        """Go on with a video.
+
+        Args:
+            path: The video.
+            width: Pixels of the frames put in.
+            height: Pixels.
+            fps: Frames per second.
+            enlarge: Side, in pixels, of the square each pixel becomes.
+            frames: Frames in the file, as ``cut_video`` returns them; 0 begins it anew.
+        """
+        self.path = path
+        self._look = {"width": width, "height": height, "fps": fps, "enlarge": enlarge}
+        self._frames = self._first = frames
+        self._part: Encoder | None = None
+        there = _after(path, frames)
+        self._fragments, self._stop = there.fragments, there.stop
+
+    def put(self, picture: np.ndarray) -> None:
+        """Encode one frame, ``(H, W, 3)`` in bytes."""
+        if self._part is None:
+            self._first = self._frames
+            self._part = Encoder(self.path, **self._look, receive=self._receive)
+        self._part.put(picture)
+        self._frames += 1
+        if self._frames % PART_FRAMES == 0:
+            self.finish()
+
+    def finish(self) -> None:
+        """Complete the part. Harmless after an error or without any frame."""
+        part, self._part = self._part, None
+        if part is not None:
+            part.finish()
+
+    def _receive(self, stream: IO[bytes]) -> None:
+        """Append one part as it comes, a fragment at a time."""
+        first, ticks, index, head = self._first, None, b"", b""
+        digest = new_digest()
+        with self.path.open("r+b" if self.path.exists() else "w+b", buffering=0) as file:
+            while (found := read_box(stream))[0]:
+                kind, content = found
+                if kind in ("ftyp", "moov") and not first:
+                    head += content
+                elif kind == "moof":
+                    ticks = ticks_per_frame(content) if ticks is None else ticks
+                    self._fragments += 1
+                    index = moved(content, number=self._fragments, ticks=first * ticks)
+                elif kind == "mdat":
+                    digest.update(head + index + content)
+                    self._stop = _put(file, self._stop, head + index + content)
+                    head = b""
+            if self._frames - first == PART_FRAMES:
+                self._stop = _put(file, self._stop, seal(digest.digest()))
+            os.fsync(file.fileno())
+
+
+def cut_video(path: Path, *, frames: int, width: int, height: int, fps: float, enlarge: int) -> int:
+    """Make a video ready to be gone on with; return how many frames it keeps.
+
+    Args:
+        path: The video; it may be missing, torn, or finished.
+        frames: Frames that are still right, from the first.
+        width: Pixels of the frames before enlarging.
+        height: Pixels.
+        fps: Frames per second.
+        enlarge: Side, in pixels, of the square each pixel becomes.
+
+    Returns:
+        A multiple of ``PART_FRAMES``, at most ``frames``: later ones are encoded once more, and the file does
+        not change where they come out the same. 0 where the file is of no use; it is left as it is.
+    """
+    if not path.is_file() or not path.stat().st_size:
+        return 0
+    head = _head(width=width, height=height, fps=fps, enlarge=enlarge)
+    if not any(True for _ in fragments(path)) and not _take_apart(path, head):
+        return 0
+    if head_of(path) != head:
+        return 0
+    kept = _after(path, frames, exactly=False)
+    right = (fragment.stop for fragment in fragments(path) if fragment.frames <= frames)
+    with path.open("r+b") as file:
+        file.truncate(max(kept.stop, *right, 0))
+    return kept.frames
+
+
+def finish_video(path: Path) -> None:
+    """Turn a growing video into an ordinary one, which every player and every editor knows how to search.
+
+    Nothing is encoded again. The file is replaced once the other is whole.
+
+    Raises:
+        OutputError: There is no room for both at a time; the growing one stays and plays.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        _copy_streams(path, part, "-movflags", "+faststart")
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _put(file: IO[bytes], place: int, content: bytes) -> int:
+    """Put a fragment into a file and return where it ends.
+
+    What is there already, bit for bit, stays, and so does all that comes after it: encoded once more, a part
+    that was interrupted gives the same fragments. Otherwise the file ends here.
+    """
+    file.seek(place)
+    if file.read(len(content)) == content:
+        return place + len(content)
+    file.seek(place)
+    rest = memoryview(content)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError:
+        file.truncate(place)
+        raise
+    file.truncate()
+    return place + len(content)
+
+
+def _after(path: Path, frames: int, *, exactly: bool = True) -> Part:
+    """Return the last whole part that ends at so many frames, or, not ``exactly``, before; or none."""
+    last = Part(stop=0, frames=0, fragments=0)
+    for part in parts(path) if frames else ():
+        if part.frames % PART_FRAMES or part.frames > frames:
+            break
+        last = part
+    return last if not exactly or last.frames == frames else Part(stop=0, frames=0, fragments=0)
+
+
+def _head(*, width: int, height: int, fps: float, enlarge: int) -> bytes:
+    """Return what a video of these sizes begins with: parts can be joined where that is the same."""
+    found = bytearray()
+
+    def receive(stream: IO[bytes]) -> None:
+        while (box := read_box(stream))[0]:
+            if box[0] in ("ftyp", "moov"):
+                found.extend(box[1])
+
+    encoder = Encoder(Path("head"), width=width, height=height, fps=fps, enlarge=enlarge, receive=receive)
+    encoder.put(np.zeros((height, width, 3), np.uint8))
+    encoder.finish()
+    return bytes(found)
+
+
+def _take_apart(path: Path, head: bytes) -> bool:
+    """Undo ``finish_video``; return whether the file was a video at all."""
+    loose, whole = path.with_name(f".{path.name}.loose"), path.with_name(f".{path.name}.part")
+    flags = ("-movflags", "+frag_keyframe+empty_moov+default_base_moof", "-frag_duration", "250000")
+    try:
+        _copy_streams(path, loose, *flags)
+        with loose.open("rb") as source, whole.open("wb") as target:
+            digest, count = new_digest(), 0
+            digest.update(head)
+            target.write(head)
+            for fragment in fragments(loose):
+                source.seek(fragment.start)
+                content = source.read(fragment.stop - fragment.start)
+                digest.update(content)
+                target.write(content)
+                if fragment.frames % PART_FRAMES == 0 and fragment.frames > count:
+                    target.write(seal(digest.digest()))
+                    digest, count = new_digest(), fragment.frames
+            target.flush()
+            os.fsync(target.fileno())
+        whole.replace(path)
+    except OutputError:
+        return False
+    finally:
+        loose.unlink(missing_ok=True)
+        whole.unlink(missing_ok=True)
+    return True
+
+
+def _copy_streams(source: Path, target: Path, *options: str) -> None:
+    """Let ffmpeg write a video as another kind of MP4, bit for bit the same pictures."""
+    command = [find_ffmpeg(), "-hide_banner", "-loglevel", "error", "-nostdin", "-y", "-i", f"file:{source}"]
+    command += ["-map", "0:v:0", "-c", "copy", *options, "-f", "mp4", f"file:{target}"]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        said = last_words(done.stderr.splitlines())
+        raise OutputError(f"{source} cannot be written again as {target} ({said}).")

@@ -1,0 +1,134 @@
+"""One process at a time works on a run.
+
+The lock is the system's own on an open file, which ends with the process, however that ends. Where a disk
+knows no such locks, the file says which process it is and since when: one that is gone, or began at another
+time, holds nothing.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+from ..errors import OutputError
+
+NAME = "lock"
+"""Name of the file in the folder of a run."""
+
+
+class RunLock:
+    """The right to write to a run; ``release`` gives it back."""
+
+    def __init__(self, folder: Path) -> None:
+        """Take the lock of a run.
+
+        Raises:
+            OutputError: Another process has it, or the folder cannot be written to.
+        """
+        self._path = folder / NAME
+        try:
+            self._file: IO[str] = self._path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(
+                f"the folder {folder} cannot be written to ({error.strerror}); choose another."
+            ) from error
+        try:
+            locked = _lock(self._file)
+            owner = _owner(self._file)
+            if locked is False or (locked is None and _lives(owner)):
+                raise OutputError(
+                    f"{folder} is being worked on by process {owner.get('process', 'unknown')} of "
+                    f"{owner.get('machine', 'this machine')}; wait for it, end it, or choose another folder."
+                )
+            self._sign()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _sign(self) -> None:
+        """Write who has it."""
+        mine = {"process": os.getpid(), "began": process_start(os.getpid()), "machine": socket.gethostname()}
+        try:
+            self._file.truncate(0)
+            self._file.write(json.dumps(mine))
+            self._file.flush()
+        except OSError as error:  # a full disk
+            raise OutputError(f"{self._path} cannot be written: {error.strerror}.") from error
+
+    def release(self) -> None:
+        """Give the lock back; harmless if it was given back."""
+        if self._file.closed:
+            return
+        with contextlib.suppress(OSError):
+            self._file.truncate(0)
+        self._file.close()
+
+
+def is_locked(folder: Path) -> bool:
+    """Return whether a process works on a run."""
+    try:
+        with (folder / NAME).open("r+", encoding="utf-8") as file:
+            locked = _lock(file)
+            return locked is False or (locked is None and _lives(_owner(file)))
+    except OSError:
+        return False
+
+
+def process_start(process: int) -> str:
+    """Return when a process began, in the words of the system; nothing where it is gone or none can say."""
+    try:
+        # After the name, which may hold anything but ends with the last bracket, the 20th field.
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _lock(file: IO[str]) -> bool | None:
+    """Lock an open file; return whether that is done, or ``None`` where the disk knows no locks."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            file.seek(1 << 30)  # far behind the text, which others may read
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _owner(file: IO[str]) -> dict[str, Any]:
+    """Return who wrote an open lock last."""
+    file.seek(0)
+    try:
+        table = json.loads(file.read(1000))
+    except ValueError:
+        return {}
+    return table if isinstance(table, dict) else {}
+
+
+def _lives(owner: dict[str, Any]) -> bool:
+    """Return whether the process that wrote a lock is still there."""
+    process = owner.get("process")
+    if not isinstance(process, int) or owner.get("machine") != socket.gethostname():
+        return bool(owner)  # of another machine nothing can be known
+    began = process_start(process)
+    if began:
+        return began == owner.get("began")
+    if os.name == "nt":  # where a signal of 0 would end the process
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return not owner.get("began")
