@@ -20,7 +20,7 @@ from .request import DTYPES, Request
 from .run.going_on import Replay
 from .run.manifest import is_run, read_manifest
 from .run.production import VIDEO, Choices
-from .run.requests import extended, request_fields
+from .run.requests import extended, moved, request_fields
 from .script import load_script
 from .text_cache import default_folder
 
@@ -305,7 +305,7 @@ def _said_before(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.restart:
         return {}
     if is_run(run):
-        return request_fields(read_manifest(run).request, where=run)
+        return moved(request_fields(read_manifest(run).request, where=run), run)
     if branch is None:
         return {}
     known = request_fields(read_manifest(branch).request, where=branch)

@@ -1,6 +1,7 @@
 """Runs whose prompt changes: however they were ended and changed, they are the undisturbed ones."""
 
 import itertools
+import shutil
 
 import pytest
 import tiny
@@ -13,6 +14,7 @@ from sfpp_core import cli
 from sfpp_core.anchor import anchoring
 from sfpp_core.config import RolloutSettings
 from sfpp_core.cues import SOFT, Change
+from sfpp_core.encoder import video_info
 from sfpp_core.errors import SettingsError
 from sfpp_core.geometry import VideoGeometry
 from sfpp_core.run.agreement import Wanted
@@ -206,3 +208,13 @@ def test_a_report_of_a_run_is_made_afterwards(files, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
     assert cli.main(tiny_demo.command(files, tmp_path / "a.mp4", *words, "--anchor", "0.5", "--quiet")) == 0
     assert (tmp_path / "drift.json").stat().st_size
+
+
+def test_a_copied_run_leaves_the_video_of_the_other_alone(files, tmp_path):
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    assert cli.main(run_words(files, run, seconds="0.5")) == 0
+    before = (run / "video.mp4").read_bytes()
+    shutil.copytree(run, copy)
+    assert cli.main(["generate", "--run", str(copy), "--extend", "0.5", "--quiet"]) == 0
+    assert (run / "video.mp4").read_bytes() == before
+    assert video_info(copy / "video.mp4").frames == 16
