@@ -3,6 +3,7 @@
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -18,15 +19,15 @@ from .lazy_latent import Finished
 from .memory import memory_needed
 from .model_fingerprint import latents_fingerprint, patches_fingerprint, student_fingerprint
 from .run_folder import RunFolder
-from .start import Start, in_pieces
+from .start import Start
 
 
 class KeptGeneration(Generation):
     """One video, read from its run as far as that goes and made from there on.
 
-    A chunk is on the disk before it is handed on, and not kept in memory. The run is locked while it is read;
-    what it holds is asked anew each time, as others may have worked on it in between. The model is not let
-    go, as chunks may be gone by then.
+    A chunk is on the disk before it is handed on, and not kept in memory. The run, which holds the start as
+    well, is locked while it is read; what it holds is asked anew each time, as others may have worked on it in
+    between. The model is not let go, as chunks may be gone by then.
     """
 
     def __init__(self, model: Any, *more: Any, run: RunFolder, **options: Any) -> None:
@@ -46,7 +47,8 @@ class KeptGeneration(Generation):
         Raises:
             SFPPError: The run cannot be read, or was made otherwise.
         """
-        return self._kept_of(self.run.kept())
+        fresh = max(0, self.run.kept() - self._given_chunks)
+        return fresh + (0 if self.start is None else self.start.kept)
 
     def chunks(self, *, beside: Sequence[Any] = ()) -> Generator[Tensor]:
         """Yield every chunk ``(1, C, T, h, w)`` in the host's latents: the start, finished ones, fresh ones.
@@ -60,12 +62,9 @@ class KeptGeneration(Generation):
         with self.run.open() as run:
             opening: list[Tensor] = []
             if self.start is not None:
-                held = (_host.to_host_latent(run.chunk(chunk)) for chunk in range(run.kept))
-                kept = in_pieces(held, self.start.latent_frames) if self._holds_start(run.kept) else None
-                with closing(kept or self.start.chunks(beside=beside)) as pieces:
+                with closing(self.start.chunks(beside=beside)) as pieces:
                     for piece in pieces:
-                        if kept is None:
-                            opening.append(piece)
+                        opening.append(piece)
                         yield piece
             for chunk in range(self._given_chunks, min(run.kept, self.geometry.chunks)):
                 yield _host.to_host_latent(run.chunk(chunk)[:, :, -self.geometry.chunk :])
@@ -96,18 +95,6 @@ class KeptGeneration(Generation):
             finally:
                 whole = run.kept >= self.geometry.chunks
                 run.say(f"{'complete' if whole else 'stopped'}: {run.kept} chunks of {self.geometry.chunks}")
-
-    def _kept_of(self, chunks: int) -> int:
-        """Return how many pieces of the start and chunks after it are there where a run holds ``chunks``."""
-        if self.start is None:
-            return chunks
-        if not self._holds_start(chunks):
-            return self.start.kept
-        return self.start.pieces + chunks - self._given_chunks
-
-    def _holds_start(self, chunks: int) -> bool:
-        """Return whether the start is in the first ``chunks`` of the run; an image is in the first."""
-        return chunks >= max(1, self._given_chunks)
 
 
 def decisions_of(model: Any, config: StudentConfig, recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,7 +129,7 @@ def start_fingerprint(start: Start) -> str:
         SettingsError: It is made by a Long Sampler that would have to make it again to tell.
     """
     if isinstance(start.source, KeptGeneration):
-        return latents_fingerprint(torch.frombuffer(start.source.run.key.encode(), dtype=torch.uint8))
+        return blake2b(start.source.run.key.encode(), digest_size=6).hexdigest()
     if isinstance(start.source, Finished):
         return latents_fingerprint(start.source.samples()[:, :, : start.latent_frames])
     raise SettingsError(

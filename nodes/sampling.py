@@ -195,9 +195,9 @@ class SFPPLongSampler(io.ComfyNode):
                     "run",
                     default="",
                     optional=True,
-                    tooltip="A folder in the output folder, e.g. runs/my_video. Chunks are kept there, so that "
-                    "the video goes on after Cancel, a crash or a restart, and can be made longer. Empty: in "
-                    "memory.",
+                    tooltip="A folder in the output folder, e.g. runs/my_video. Chunks are kept there: the "
+                    "video goes on after Cancel, a crash or a restart, and can be made longer. Empty: they "
+                    "are kept in memory.",
                 ),
             ],
             outputs=[

@@ -4,7 +4,7 @@ Legend: C channels, T latent frames, h and w latent height and width.
 """
 
 import logging
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -92,21 +92,14 @@ class Start:
 
     def chunks(self, *, beside: Sequence[Any] = ()) -> Generator[Tensor]:
         """Yield the start in pieces ``(1, C, T, h, w)`` of the host's latents, generating what is missing."""
+        left, held = self.latent_frames, None
         with closing(self.source.chunks(beside=beside)) as chunks:
-            yield from in_pieces(chunks, self.latent_frames)
-
-
-def in_pieces(chunks: Iterable[Tensor], latent_frames: int) -> Generator[Tensor]:
-    """Yield the first latent frames of ``chunks`` ``(1, C, T, h, w)`` in pieces of ``PIECE``."""
-    left, held = latent_frames, None
-    for chunk in chunks:
-        held = chunk if held is None else torch.cat((held, chunk), dim=2)
-        while held.shape[2] >= min(PIECE, left) > 0:
-            piece, held = held.split((min(PIECE, left), held.shape[2] - min(PIECE, left)), dim=2)
-            left -= piece.shape[2]
-            yield piece
-        if not left:
-            return
+            for chunk in chunks:
+                held = chunk if held is None else torch.cat((held, chunk), dim=2)
+                while held.shape[2] >= min(PIECE, left) > 0:
+                    piece, held = held.split((min(PIECE, left), held.shape[2] - min(PIECE, left)), dim=2)
+                    left -= piece.shape[2]
+                    yield piece
 
 
 def _check_mask(latent: dict[str, Any]) -> None:
