@@ -26,8 +26,8 @@ class KeptGeneration(Generation):
     """One video, read from its run as far as that goes and made from there on.
 
     A chunk is on the disk before it is handed on, and not kept in memory. The run, which holds the start as
-    well, is locked while it is read; what it holds is asked anew each time, as others may have worked on it in
-    between. The model is not let go, as chunks may be gone by then.
+    well, is locked while it is read; what it holds is asked anew each time, as others may have worked on it
+    in between. The model is not let go, as chunks may be gone by then.
     """
 
     def __init__(self, model: Any, *more: Any, run: RunFolder, **options: Any) -> None:

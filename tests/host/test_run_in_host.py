@@ -1,4 +1,4 @@
-"""A run on disk in a real ComfyUI: cancelled, killed, restarted and rewritten, it goes on to the same video."""
+"""A run on disk in a real ComfyUI: cancelled, killed, restarted, rewritten, it goes on to the same video."""
 
 import json
 import time
