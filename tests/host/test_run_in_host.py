@@ -14,9 +14,9 @@ from sfpp_core.video import video_info
 
 pytestmark = pytest.mark.host
 
-SECONDS = 60.0
-THIRD = 27
-"""Of 81 chunks."""
+SECONDS = 30.0
+THIRD = 14
+"""Of 41 chunks."""
 
 
 def demo_prompt(run, seconds=SECONDS, **changes):
@@ -49,7 +49,7 @@ def whole(host):
     """The latents of the demo workflow, undisturbed."""
     prompt, video = demo_prompt("runs/whole")
     (path,) = host.files(host.run(prompt), video)
-    assert video_info(path).frames == 960
+    assert video_info(path).frames == 480
     return made(host, "runs/whole")
 
 
@@ -60,10 +60,10 @@ def test_cancelled_at_a_third_and_queued_again(host, whole):
     host.interrupt()
     assert host.result(number)[1] == "execution_interrupted"
     kept = len(chunks(host, "runs/cancelled"))
-    assert THIRD <= kept < 81
+    assert THIRD <= kept < 41
     stamps = [path.stat().st_mtime_ns for path in chunks(host, "runs/cancelled")]
     (path,) = host.files(host.run(prompt), video)
-    assert video_info(path).frames == 960
+    assert video_info(path).frames == 480
     assert [path.stat().st_mtime_ns for path in chunks(host, "runs/cancelled")][:kept] == stamps
     assert torch.equal(made(host, "runs/cancelled"), whole)
 
@@ -75,12 +75,12 @@ def test_killed_at_a_third_restarted_and_queued_again(new_host, whole):
     wait_for_chunks(server, "runs/killed", THIRD)
     server.kill()
     kept = len(chunks(server, "runs/killed"))
-    assert kept < 81
+    assert kept < 41
     server.start()
     try:
         (path,) = server.files(server.run(prompt), video)
-        assert video_info(path).frames == 960
-        assert f"went on at chunk {kept} of 81, exactly" in server.log
+        assert video_info(path).frames == 480
+        assert f"went on at chunk {kept} of 41, exactly" in server.log
         assert torch.equal(made(server, "runs/killed"), whole)
     finally:
         server.stop()
