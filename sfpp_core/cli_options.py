@@ -20,9 +20,11 @@ from .request import DTYPES, Request
 from .run.going_on import Replay
 from .run.manifest import is_run, read_manifest
 from .run.production import VIDEO, Choices
-from .run.requests import extended, request_fields
+from .run.requests import extended, moved, request_fields
 from .script import load_script
 from .text_cache import default_folder
+
+_ONE_PROMPT = "say what the video shows: either a prompt, or --script with a file, and not both."
 
 Command = Callable[[argparse.Namespace, list[int]], int]
 """Runs a command; gets the arguments and the signals that come meanwhile, returns the exit code."""
@@ -135,7 +137,7 @@ def _add_generate_options(command: argparse.ArgumentParser) -> None:
     add("--shift", type=float, metavar="X", help="shift of the noise levels towards 1, e.g. 5")
     said = "pull colour and contrast towards the first seconds, from 0 (off) to 1"
     add("--anchor", type=float, metavar="X", help=said)
-    add("--context-sigma", type=float, metavar="X", help="noise on the remembered past (default 0)")
+    add("--context-sigma", type=float, metavar="X", help="noise on the past as remembered (default 0)")
     _add_models(command)
     _add_run(command)
     add = _add_machine(command)
@@ -250,19 +252,19 @@ def request_of(arguments: argparse.Namespace) -> Request:
 
     Raises:
         CheckpointError: The run is damaged.
-        ScriptError: There are two prompts, or the file of a script cannot be read.
+        ScriptError: There is no prompt, or one too many, or the file of a script cannot be read.
         SettingsError: They leave too much open, or do not go together.
     """
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     known = _said_before(arguments)
     if "script" in given:
         if "prompt" in given:
-            raise ScriptError("say what the video shows either by a prompt or by --script, and not both.")
+            raise ScriptError(_ONE_PROMPT)
         given["prompt"] = load_script(given["script"])
     if arguments.extend is not None:
         known["seconds"] = extended(arguments.run, arguments.extend)
     if "prompt" not in {**known, **given}:
-        raise SettingsError("say what the video shows, by a PROMPT or by --script with a file.")
+        raise ScriptError(_ONE_PROMPT)
     if arguments.run is not None:
         known["run"] = arguments.run
         known.setdefault("out", str(arguments.run / VIDEO))
@@ -303,7 +305,7 @@ def _said_before(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.restart:
         return {}
     if is_run(run):
-        return request_fields(read_manifest(run).request, where=run)
+        return moved(request_fields(read_manifest(run).request, where=run), run)
     if branch is None:
         return {}
     known = request_fields(read_manifest(branch).request, where=branch)

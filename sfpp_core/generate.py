@@ -141,9 +141,7 @@ def run(planned: Plan, loaded: Loaded, *, report: Callable[[Progress], None]) ->
         NumericsError: The student produced numbers that are not finite.
         OutputError: As ``recording.record``.
     """
-    borders = Borders(
-        period=TEMPORAL_STRIDE * planned.settings.chunk, first=planned.geometry.frames_kept(0)
-    )
+    borders = Borders(period=TEMPORAL_STRIDE * planned.settings.chunk, first=planned.geometry.frames_kept(0))
     watching = watched(planned.request.report, fps=planned.recording.fps, borders=borders)
     with fast_products(planned.device), watching as observe:
         return record(_pieces(planned, loaded), planned.recording, report=report, observe=observe)

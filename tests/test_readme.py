@@ -80,7 +80,7 @@ def test_every_file_of_the_tree_exists():
     assert not missing
 
 
-@pytest.mark.parametrize("folder", ["sfpp_core", "nodes", "training"])
+@pytest.mark.parametrize("folder", ["sfpp_core", "sfpp_core/run", "nodes", "training"])
 def test_every_module_is_in_the_tree(folder):
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).glob("*.py")}
     private = {f"{folder}/__init__.py", f"{folder}/__main__.py"}

@@ -21,6 +21,11 @@ from sfpp_core.run.folder import Run
 ROOT = Path(__file__).parent.parent
 
 
+def slow(*row):
+    """Return a row of a table that takes its time."""
+    return pytest.param(*row, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     return tiny_demo.write(tmp_path_factory.mktemp("demo"))
@@ -63,7 +68,9 @@ def whole(files, tmp_path_factory):
 # --- going on ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", [("--keep-cache", "1"), ("--replay", "all"), ("--cache", "fp8-host")])
+@pytest.mark.parametrize(
+    "more", [("--keep-cache", "1"), slow(("--replay", "all")), slow(("--cache", "fp8-host"))]
+)
 def test_a_stopped_run_goes_on_to_the_same_bytes(files, whole, tmp_path, stop_at, more):
     run, expected = tmp_path / "run", whole
     if "--cache" in more:
@@ -105,6 +112,7 @@ def test_a_complete_run_is_left_as_it_is(files, whole, monkeypatch):
     assert made_of(whole) == before
 
 
+@pytest.mark.slow
 def test_a_long_past_is_recalled_from_its_last_windows_and_the_manifest_says_so(files, tmp_path, stop_at):
     run, other = tmp_path / "run", tmp_path / "other"
     words = ("--replay", "window")
@@ -120,6 +128,7 @@ def test_a_long_past_is_recalled_from_its_last_windows_and_the_manifest_says_so(
     assert 0 < distance < 0.01
 
 
+@pytest.mark.slow
 def test_a_kill_loses_no_chunk_that_was_kept(files, whole, tmp_path):
     run = tmp_path / "run"
     line = [sys.executable, "-m", "sfpp_core", *run_words(files, run, "--keep-cache", "1", seconds="3000")]
@@ -152,7 +161,16 @@ class _Nothing:
 # --- longer, other, from a second on ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("first", "more"), [("0.5", ("1", "1.5")), ("1.3", ("1.7",))])
+@pytest.mark.parametrize(
+    ("first", "more"),
+    [
+        ("0.5", ("1", "1.5")),
+        slow("1.3", ("1.7",)),
+        slow("0.1", ("2.9",)),
+        slow("2.9", ("0.1",)),
+        slow("0.6", ("0.8", "0.7", "0.9")),
+    ],
+)
 def test_an_extended_run_is_the_long_one(files, whole, tmp_path, first, more):
     run = tmp_path / "run"
     assert cli.main(run_words(files, run, seconds=first)) == 0
@@ -162,7 +180,9 @@ def test_an_extended_run_is_the_long_one(files, whole, tmp_path, first, more):
     assert (run / "video.mp4").read_bytes() == (whole / "video.mp4").read_bytes()
 
 
-@pytest.mark.parametrize(("second", "chunk"), [("0", 0), ("1.5", 2), ("3", 4)])
+@pytest.mark.parametrize(
+    ("second", "chunk"), [slow("0", 0), slow("0.6", 1), ("1.5", 2), slow("2.1", 3), slow("3", 4)]
+)
 def test_a_branch_shares_what_comes_before_and_is_what_a_change_in_place_makes(
     files, whole, tmp_path, second, chunk
 ):
@@ -204,7 +224,7 @@ def test_what_was_made_otherwise_is_explained_and_refused(files, whole, tmp_path
 
 def test_options_of_runs_need_a_run(files, tmp_path, capsys):
     refused(capsys, ["generate", PROMPT], "--out, the video to write, or --run")
-    refused(capsys, ["generate", "--run", str(tmp_path / "new")], "PROMPT, what the video shows")
+    refused(capsys, ["generate", "--run", str(tmp_path / "new")], "say what the video shows: either a prompt")
     refused(capsys, ["generate", PROMPT, "--out", "a.mp4", "--extend", "3"], "--extend is for runs")
     refused(capsys, ["generate", PROMPT, "--run", str(tmp_path / "new"), "--extend", "3"], "is none")
     refused(capsys, run_words(files, tmp_path / "new", "--from", "3"), "holds no run to go on from")
@@ -213,6 +233,7 @@ def test_options_of_runs_need_a_run(files, tmp_path, capsys):
     refused(capsys, run_words(files, tmp_path), "holds photo.jpg and no run")
 
 
+@pytest.mark.slow
 def test_a_restart_moves_what_is_there_aside(files, tmp_path):
     run = tmp_path / "run"
     assert cli.main(run_words(files, run, seconds="1")) == 0
@@ -226,6 +247,7 @@ def test_a_restart_moves_what_is_there_aside(files, tmp_path):
 # --- what is shown ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_lost_or_foreign_video_is_made_again_from_the_latents(files, whole, tmp_path, stop_at):
     run = tmp_path / "run"
     for damage in (
@@ -240,6 +262,7 @@ def test_a_lost_or_foreign_video_is_made_again_from_the_latents(files, whole, tm
         assert made_of(run) == made_of(whole)
 
 
+@pytest.mark.slow
 def test_another_look_is_made_from_the_latents_and_the_earlier_video_kept(files, whole, tmp_path, capsys):
     run = tmp_path / "run"
     assert cli.main(run_words(files, run)) == 0
@@ -254,6 +277,7 @@ def test_another_look_is_made_from_the_latents_and_the_earlier_video_kept(files,
     assert video_info(tmp_path / "again.mp4").frames == 48
 
 
+@pytest.mark.slow
 def test_pictures_go_on_at_the_right_number(files, tmp_path, stop_at):
     run, folder, whole = tmp_path / "run", tmp_path / "pictures", tmp_path / "whole"
     assert cli.main(tiny_demo.command(files, f"{whole}/", "--quiet", seconds="3")) == 0
@@ -270,7 +294,7 @@ def test_pictures_go_on_at_the_right_number(files, tmp_path, stop_at):
 # --- faults -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cut", [0, 7, 300])
+@pytest.mark.parametrize("cut", [0, slow(7), slow(300)])
 def test_a_damaged_chunk_and_what_follows_are_put_aside_and_made_again(files, whole, tmp_path, cut, capsys):
     run = tmp_path / "run"
     assert cli.main(run_words(files, run)) == 0
@@ -295,7 +319,7 @@ def test_latents_that_are_not_finite_are_neither_kept_nor_shown(files, tmp_path,
     assert "ended by an error with 2 chunks kept" in (run / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [1, slow(2)])
 def test_without_memory_the_decoder_goes_on_elsewhere_once(
     files, whole, tmp_path, monkeypatch, capsys, times
 ):
@@ -345,6 +369,7 @@ def test_a_disk_that_is_too_small_is_found_before_anything_is_made(files, tmp_pa
     assert not latents(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_while_the_video_is_closed_loses_no_chunk(
     files, whole, tmp_path, stop_at, monkeypatch
 ):

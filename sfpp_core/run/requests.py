@@ -65,6 +65,18 @@ def request_fields(table: Mapping[str, Any], *, where: Path) -> dict[str, Any]:
     return given
 
 
+def moved(given: Mapping[str, Any], run: Path) -> dict[str, Any]:
+    """Return the fields of a request whose video lies in ``run``, if it lay in the folder the run had before.
+
+    A run that was copied must not write over the video of the other.
+    """
+    before, out = given.get("run"), given["out"]
+    if before is None or not Path(out).is_relative_to(before):
+        return dict(given)
+    ends = "/" if out.endswith(("/", os.sep)) else ""
+    return {**given, "out": str(run.absolute() / Path(out).relative_to(before)) + ends}
+
+
 def extended(run: Path | None, seconds: float) -> float:
     """Return how long a run will be, in seconds, with so many more.
 

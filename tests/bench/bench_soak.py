@@ -21,6 +21,10 @@ PROMPT = "a red circle moves right slowly"
 ALLOWED = {"rss": 1.05, "files": 1.0, "pace": 1.25}
 """Largest ratio of the last quarter to the second."""
 
+LEAST_CHUNKS = 400
+"""Chunks of the shortest run that is judged, 5 minutes: in a shorter one memory still grows to its size, and
+what else the machine does weighs as much as a quarter."""
+
 
 def sample(process):
     """Return the resident bytes and the open files of a process."""
@@ -53,7 +57,8 @@ def watch(run, *, minutes, every):
 
 def ratios(rows):
     """Return, for each quantity, its median in the last quarter over that in the second."""
-    made = [row for row in rows if row[1]]
+    # Once all chunks are there only the video is finished: the encoder is gone and nothing has a pace.
+    made = [row for row in rows if 0 < row[1] < rows[-1][1]]
     quarter = len(made) // 4
     if quarter < 2:
         sys.exit("too few samples; ask for more minutes, or --every fewer seconds")
@@ -113,6 +118,8 @@ def main():
     title = f"{given.minutes:g} minutes of demo video in one run; last quarter over second: {said}"
     draw(rows, given.out / "soak.png", title)
     sys.stdout.write(f"{title}\n")
+    if rows[-1][1] < LEAST_CHUNKS:
+        sys.exit(f"too short to judge: {rows[-1][1]} chunks of {LEAST_CHUNKS}; ask for more minutes")
     if grown := [name for name, ratio in found.items() if ratio > ALLOWED[name]]:
         sys.exit(f"not flat: {', '.join(grown)}")
 
