@@ -100,6 +100,23 @@ def attached(model: Any) -> Any:
     return model.get_attachment(_ATTACHMENT)
 
 
+def own_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters of ``model`` by name as they are without patches, wherever they are now."""
+    for name, parameter in model.model.diffusion_model.named_parameters():
+        key = f"diffusion_model.{name}"
+        if key in model.backup:  # it was patched in place
+            yield name, model.backup[key].weight
+        elif key in model.hook_backup:
+            yield name, model.hook_backup[key][0]
+        else:
+            yield name, parameter
+
+
+def patches(model: Any) -> dict[str, Any]:
+    """Return what LoRA loaders and their kin have put on the layers of ``model``, by parameter."""
+    return {key: added for key, added in model.patches.items() if key.startswith("diffusion_model.")}
+
+
 def compute_dtype(model: Any) -> torch.dtype:
     """Return the dtype the layers of ``model`` compute in."""
     return model.model.manual_cast_dtype or model.model.get_dtype()
@@ -124,6 +141,8 @@ def attention_of(model: Any, heads: int) -> Any | None:
             q, k, v, heads, skip_reshape=True, skip_output_reshape=True, transformer_options=options
         )
 
+    chosen = options.get("optimized_attention_override", host_attention.optimized_attention)
+    attend.__name__ = getattr(chosen, "__name__", type(chosen).__name__)
     return attend
 
 
@@ -282,6 +301,11 @@ def _to_pil(picture: Tensor) -> Image.Image:
 
 
 # --- videos ---------------------------------------------------------------------------------------------
+
+
+def output_root() -> Path:
+    """Return the output folder."""
+    return Path(folder_paths.get_output_directory())
 
 
 def output_file(prefix: str, width: int, height: int, suffix: str) -> tuple[Path, str]:

@@ -203,7 +203,7 @@ def write_video(
     (width, height), fps = source.size, source.space.fps
     size = forecast_bytes(path, frames=source.frames, width=width, height=height, enlarge=enlarge)
     check_output(path, expected_bytes=size)
-    pace = Pace(source.total_chunks, kept=source.kept)
+    pace = Pace(source.total_chunks, kept=source.kept, origin=source.origin)
     _host.say("starting")
     writer = open_writer(path, width=width, height=height, fps=fps, enlarge=enlarge)
     try:

@@ -131,6 +131,11 @@ class Generation:
         return len(self._finished) + (0 if self.start is None else self.start.kept)
 
     @property
+    def origin(self) -> str:
+        """Where kept chunks come from, for people; empty where they are in memory."""
+        return ""
+
+    @property
     def size(self) -> tuple[int, int]:
         """Width and height in pixels."""
         return self.geometry.width, self.geometry.height
@@ -138,8 +143,12 @@ class Generation:
     @property
     def _fresh(self) -> int:
         """Chunks to generate."""
-        given = 0 if self.start is None else self.start.latent_frames // self.geometry.chunk
-        return self.geometry.chunks - given
+        return self.geometry.chunks - self._given_chunks
+
+    @property
+    def _given_chunks(self) -> int:
+        """Whole chunks of the start."""
+        return 0 if self.start is None else self.start.latent_frames // self.geometry.chunk
 
     def __str__(self) -> str:
         done = f"{self.kept} of {self.total_chunks} chunks"
@@ -176,7 +185,7 @@ class Generation:
     @plain_errors
     def samples(self) -> Tensor:
         """Return the whole latent ``(1, C, T, h, w)``, generating what is missing with a progress bar."""
-        parts, pace, frames = [], Pace(self.total_chunks, kept=self.kept), 0
+        parts, pace, frames = [], Pace(self.total_chunks, kept=self.kept, origin=self.origin), 0
         with _host.Progress(self.total_chunks, self.maker) as progress, closing(self.chunks()) as chunks:
             for number, chunk in enumerate(chunks, start=1):
                 parts.append(chunk)
@@ -187,20 +196,12 @@ class Generation:
 
     def _make(self, beside: Sequence[Any], opening: list[Tensor]) -> Generator[Tensor]:
         """Yield the chunks that are missing, normalised, on the CPU, after a start in the host's latents."""
-        assert self._recipe is not None
-        model, config, text = self._recipe
+        model, config, text = self._recipe_left()
         models = [model, *beside]
         needed = memory_needed(model, config, self)
         _host.load(models, needed.activations + needed.remembered)
         with _host.running(model):
-            sampler = LongSampler(
-                student=self._student(model, config),
-                geometry=self.geometry,
-                settings=self.settings,
-                seed=self.seed,
-                device=model.load_device,
-                storage=self.storage,
-            )
+            sampler = self._sampler(model, config)
             if self._finished:
                 _host.say(f"going on after chunk {self.kept} of {self.total_chunks}")
             start, past = self._given(opening)
@@ -209,6 +210,22 @@ class Generation:
                 # Whoever used the last chunk may have pushed the model out; if not, this costs nothing.
                 _host.load(models, needed.activations)
                 yield next(made)[:, :, -self.geometry.chunk :].cpu()
+
+    def _recipe_left(self) -> tuple[Any, StudentConfig, Tensor | Sequence[Cue]]:
+        """Return what it takes to make chunks: the model, its architecture and the text."""
+        assert self._recipe is not None
+        return self._recipe
+
+    def _sampler(self, model: Any, config: StudentConfig) -> LongSampler:
+        """Return the sampler over the layers of ``model``."""
+        return LongSampler(
+            student=self._student(model, config),
+            geometry=self.geometry,
+            settings=self.settings,
+            seed=self.seed,
+            device=model.load_device,
+            storage=self.storage,
+        )
 
     def _given(self, opening: list[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
         """Return the start and the past as the sampler wants them: an image belongs to the first chunk."""
@@ -224,22 +241,23 @@ class Generation:
 
     def _student(self, model: Any, config: StudentConfig) -> CausalStudent:
         """Return the student over the layers of ``model``."""
-        dtype = _host.compute_dtype(model)
-        attend = _host.attention_of(model, config.heads) or self._own_attention(
-            config, model.load_device, dtype
-        )
         return CausalStudent(
             model.model.diffusion_model,
             config,
-            attend=cancellable(attend),
-            dtype=dtype,
+            attend=cancellable(attention(model, config, self.geometry, self.settings)),
+            dtype=_host.compute_dtype(model),
             patch_dtype=torch.float32,  # the host keeps this layer, a Conv3d, in float32
             read=_host.parameter_reader(model),
         )
 
-    def _own_attention(self, config: StudentConfig, device: torch.device, dtype: torch.dtype) -> Any:
-        """Return the attention back end this package would choose."""
-        tokens = self.geometry.tokens_per_chunk
-        shape = (1, config.heads, tokens, config.head_dim)
-        like = torch.empty((), device=device, dtype=dtype)
-        return choose("auto", shape=shape, visible=self.settings.window_chunks * tokens, like=like)
+
+def attention(
+    model: Any, config: StudentConfig, geometry: VideoGeometry, settings: RolloutSettings
+) -> Attend:
+    """Return the host's attention, or where it has none to offer the back end this package would choose."""
+    if (attend := _host.attention_of(model, config.heads)) is not None:
+        return attend
+    tokens = geometry.tokens_per_chunk
+    shape = (1, config.heads, tokens, config.head_dim)
+    like = torch.empty((), device=model.load_device, dtype=_host.compute_dtype(model))
+    return choose("auto", shape=shape, visible=settings.window_chunks * tokens, like=like)

@@ -53,6 +53,11 @@ class ChunkSource(Protocol):
         ...
 
     @property
+    def origin(self) -> str:
+        """Where such chunks come from, for people; empty where they are in memory."""
+        ...
+
+    @property
     def size(self) -> tuple[int, int]:
         """Width and height in pixels."""
         ...
@@ -98,6 +103,7 @@ class Finished:
         self.latent_frames = samples.shape[2]
         self.frames = 1 + TEMPORAL_STRIDE * (samples.shape[2] - 1)
         self.total_chunks = -(-samples.shape[2] // self.LATENT_FRAMES)
+        self.origin = ""
         self.kept = 0  # nothing is made here: the pace is the decoder's
         stride = self.space.spatial_stride
         self.size = (samples.shape[4] * stride, samples.shape[3] * stride)

@@ -14,10 +14,25 @@ class Pace:
     The speed is that of the latest chunks, and only of those made now: kept ones pass in no time.
     """
 
-    def __init__(self, chunks: int, *, kept: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
-        """Start the clock on a video of ``chunks`` chunks, of which the first ``kept`` are there already."""
+    def __init__(
+        self,
+        chunks: int,
+        *,
+        kept: int = 0,
+        origin: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start the clock on a video of ``chunks`` chunks.
+
+        Args:
+            chunks: Of the whole video.
+            kept: How many of them, from the first, are there already.
+            origin: Where those come from, if that shall be said.
+            clock: Seconds.
+        """
         self.chunks = chunks
         self.kept = kept
+        self.origin = origin
         self.done = 0
         self._clock = clock
         self._frames = 0
@@ -36,8 +51,12 @@ class Pace:
     def text(self) -> str:
         """Return where the run is, how fast it goes and how long it will take; at the end, what it was."""
         if self.done == self.chunks:
-            return f"{self._frames} frames in {duration(self._clock() - self._start)}"
+            text = f"{self._frames} frames in {duration(self._clock() - self._start)}"
+            told = self.origin and self.kept
+            return text + (f"; {self.kept} of {self.chunks} chunks from {self.origin}" if told else "")
         place = f"chunk {self.done} of {self.chunks}"
+        if self.origin and self.done <= self.kept:
+            return f"{place}, from {self.origin}" if self.done else place
         (start, before), (now, after) = self._recent[0], self._recent[-1]
         seconds, chunks = now - start, len(self._recent) - 1
         if not chunks or seconds <= 0:

@@ -13,9 +13,11 @@ from . import _host
 from ._host import io
 from .conditioning import spoken_of
 from .generation import Generation, architecture
+from .kept_generation import KeptGeneration, decisions_of
 from .lazy_latent import SPACES, LazyLatent
 from .memory import memory_needed
 from .plain_errors import plain_errors
+from .run_folder import RunFolder, folder_of, spoken_texts
 from .start import Start, in_words
 from .student_settings import causal, settings_of
 
@@ -189,11 +191,22 @@ class SFPPLongSampler(io.ComfyNode):
                     tooltip="What the video begins with, from VAE Encode (an image, or a clip to go on from) "
                     "or from another Long Sampler. Of the same width and height. The video contains it.",
                 ),
+                io.String.Input(
+                    "run",
+                    default="",
+                    optional=True,
+                    tooltip="A folder in the output folder, e.g. runs/my_video. Chunks are kept there: the "
+                    "video goes on after Cancel, a crash or a restart, and can be made longer. Empty: they "
+                    "are kept in memory.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(
                     display_name="LATENT", tooltip="Made chunk by chunk as it is read. Works with any node."
-                )
+                ),
+                io.String.Output(
+                    display_name="RUN", tooltip="Name of the run, for another Long Sampler; empty without."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -210,6 +223,7 @@ class SFPPLongSampler(io.ComfyNode):
         video_seed: int,
         cache: CacheChoice | None = None,
         start: dict[str, Any] | None = None,
+        run: str = "",
     ) -> io.NodeOutput:
         """Check everything and return a latent that is generated as it is read."""
         student = settings_of(model)
@@ -232,19 +246,29 @@ class SFPPLongSampler(io.ComfyNode):
             fps=space.fps,
         )
         table = timetable(spoken.script, geometry)
-        video = Generation(
-            model,
-            config,
-            text=table.cues([embeddings[entry.number - 1] for entry in table.entries]),
-            geometry=geometry,
-            settings=settings,
-            seed=video_seed,
-            start=opening,
-            storage="plain" if cache is None else cache.storage,
-            maker=cls.hidden.unique_id,
-        )
+        recipe: dict[str, Any] = {
+            "text": table.cues([embeddings[entry.number - 1] for entry in table.entries]),
+            "geometry": geometry,
+            "settings": settings,
+            "seed": video_seed,
+            "start": opening,
+            "storage": "plain" if cache is None else cache.storage,
+            "maker": cls.hidden.unique_id,
+        }
+        if name := run.strip():
+            folder = RunFolder(
+                name=name,
+                folder=folder_of(name),
+                space=space,
+                geometry=geometry,
+                decisions=decisions_of(model, config, recipe),
+                texts=spoken_texts(table, embeddings),
+            )
+            video = KeptGeneration(model, config, run=folder, **recipe)
+        else:
+            video = Generation(model, config, **recipe)
         _host.say("\n".join(scene_remarks(table, settings) + remarks(video, model, config)))
-        return io.NodeOutput(LazyLatent(video))
+        return io.NodeOutput(LazyLatent(video), name)
 
 
 def scene_remarks(table: Timetable, settings: RolloutSettings) -> list[str]:
@@ -272,6 +296,9 @@ def remarks(video: Generation, model: Any, config: StudentConfig) -> list[str]:
         logger.warning("%s", RESTARTS)
         found.append("Windows restart from plain latents.")
     needed = memory_needed(model, config, video)
-    facts = [f"needs {needed}"] if video.start is None else [in_words(video.start), f"needs {needed}"]
+    facts = [] if video.start is None else [in_words(video.start)]
+    if video.origin:
+        facts.append(f"{video.origin}: {video.kept} of {video.total_chunks} chunks are there")
+    facts.append(f"needs {needed}")
     logger.info("%s: %s", video, "; ".join(facts))
     return found + facts

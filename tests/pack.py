@@ -85,6 +85,8 @@ def load():
         host.compute_dtype = lambda model: torch.float32
         host.attention_of = lambda model, heads: None
         host.parameter_reader = lambda model: lambda parameter: parameter
+        host.own_weights = lambda model: model.model.diffusion_model.named_parameters()
+        host.patches = lambda model: getattr(model, "patches", {})
         host.seal = lambda path, metadata: host.sealed.append((path, metadata))
         host.sealed, host.metadata_of = [], lambda node: {"workflow": "w"}
         host.marked_causal = lambda model: False

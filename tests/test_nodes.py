@@ -28,7 +28,7 @@ LazyLatent = lazy_latent.LazyLatent
 class Source:
     """A video of three chunks that counts how often it is read."""
 
-    frames, total_chunks, kept, size, maker = 30, 3, 0, (16, 16), None
+    frames, total_chunks, kept, origin, size, maker = 30, 3, 0, "", (16, 16), None
     space = lazy_latent.SPACES[16]
 
     def __init__(self):

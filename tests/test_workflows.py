@@ -20,8 +20,8 @@ SURFACE = {
     "SFPPPromptSchedule": (["clip", "text", "switch"], ["CONDITIONING"]),
     "SFPPCacheSettings": (["window", "sink", "sink_positions", "storage"], ["SFPP_CACHE"]),
     "SFPPLongSampler": (
-        ["model", "conditioning", "width", "height", "seconds", "video_seed", "cache", "start"],
-        ["LATENT"],
+        ["model", "conditioning", "width", "height", "seconds", "video_seed", "cache", "start", "run"],
+        ["LATENT", "STRING"],
     ),
     "SFPPDecodeToVideo": (
         ["samples", "filename_prefix", "enlarge", "image_seconds", "vae", "decoder", "tile"],
@@ -125,11 +125,13 @@ def test_every_widget_has_a_value_that_is_allowed(path):
     for node in json.loads(path.read_text())["nodes"]:
         widgets = [socket for socket in described(node["type"])[0] if socket.is_widget]
         values = node.get("widgets_values") or []
-        assert len(values) == len(widgets), (
+        lacking = widgets[len(values) :]  # came after the workflow was saved
+        assert len(values) <= len(widgets)
+        assert all(socket.fields.get("optional") for socket in lacking), (
             f"{node['type']} has widgets {[socket.name for socket in widgets]}"
         )
         files = models_of(node)
-        problems = [problem(socket, value, files) for socket, value in zip(widgets, values, strict=True)]
+        problems = [problem(socket, value, files) for socket, value in zip(widgets, values, strict=False)]
         assert not any(problems), f"{node['type']}: {problems}"
 
 
@@ -201,7 +203,8 @@ def test_a_node_is_explained_where_the_user_meets_it(name):
     node = NODES[name]
     assert node.description
     assert node.display_name
-    assert len(node.inputs) <= 8
+    assert sum(not socket.fields.get("optional") for socket in node.inputs) <= 6
+    assert len(node.inputs) <= 9
     assert all(socket.fields.get("tooltip") for socket in node.inputs)
 
 

@@ -94,7 +94,7 @@ def prompt_of(workflow, **changes):
         inputs = {entry["name"]: links[entry["link"]] for entry in node["inputs"] if entry.get("link")}
         sockets = schemas[node["type"]].inputs if node["type"] in schemas else [pack.Socket("STRING", "text")]
         widgets = [socket.name for socket in sockets if socket.is_widget]
-        values = dict(zip(widgets, node.get("widgets_values") or [], strict=True))
+        values = dict(zip(widgets, node.get("widgets_values") or [], strict=False))  # some came later
         inputs |= values | {name: value for name, value in changes.items() if name in values}
         prompt[str(node["id"])] = (node["type"], inputs)
     return prompt
