@@ -22,10 +22,10 @@ from training.train_grpo import Learner
 
 CONFIG = "training/configs/demo_grpo.toml"
 ROWS = {
-    "all differs, all chunks weighed": ["differ=all", "chunk_share=1.0"],
-    "only what is weighed differs": ["differ=weighed", "mirrored=false", "chunk_share=1.0"],
-    "of one chunk": ["differ=weighed", "mirrored=false", "chunk_share=0.01"],
-    "of one chunk, mirrored": ["differ=weighed", "mirrored=true", "chunk_share=0.01"],
+    "all differs, all chunks weighed": ["differ=all", "chunk_share=1.0", "coarse=1"],
+    "only what is weighed differs": ["differ=weighed", "mirrored=false", "chunk_share=1.0", "coarse=1"],
+    "of one chunk": ["differ=weighed", "mirrored=false", "chunk_share=0.01", "coarse=1"],
+    "of one chunk, mirrored": ["differ=weighed", "mirrored=true", "chunk_share=0.01", "coarse=1"],
     "its means over 4x4 cells": ["differ=weighed", "mirrored=true", "chunk_share=0.01", "coarse=4"],
     "its means over 8x8 cells": ["differ=weighed", "mirrored=true", "chunk_share=0.01", "coarse=8"],
 }
