@@ -98,7 +98,21 @@ def compressed(path):
     return zipped(path, contents, compression=zipfile.ZIP_DEFLATED)
 
 
+def with_directory(path, changes):
+    """Write a training state and change its archive's last entry of contents: bytes by their offset."""
+    data = bytearray(write_pickle(path, layouts.tensors()).read_bytes())
+    entry = data.rindex(b"PK\x01\x02")
+    for offset, byte in changes.items():
+        data[entry + offset] = byte
+    path.write_bytes(data)
+
+
 PICKLES = {
+    "of a later zip": (lambda p: with_directory(p, {6: 250}), "cut short or damaged .zip file version"),
+    "names that are no text": (
+        # A flag says that the name is UTF-8, and its first byte cannot be.
+        lambda p: with_directory(p, {9: 8, 46: 255}), "cut short or damaged .*can't decode",
+    ),
     "cut short": (lambda p: cut(write_pickle(p, layouts.tensors()), -300), "zip archive that is cut short"),
     "old, cut short": (
         lambda p: cut(write_pickle(p, layouts.tensors(), old=True), -300), "a damaged PyTorch pickle",
