@@ -54,7 +54,7 @@ def chunks_before(seconds: float, geometry: VideoGeometry) -> int:
     """Return how many chunks lie wholly before a second of the video."""
     frames = round(seconds * geometry.fps)
     chunks = 0
-    while VideoGeometry.frames_of(geometry.lead + (chunks + 1) * geometry.chunk) <= frames:
+    while geometry.frames_decoded(chunks + 1) <= frames:
         chunks += 1
     return chunks
 
@@ -144,7 +144,7 @@ def _size(geometry: VideoGeometry) -> dict[str, int]:
 def check_length(folder: Path, manifest: Manifest, before: Manifest, kept: int) -> None:
     """Refuse to make a run shorter than it is: nothing is thrown away."""
     if kept > manifest.geometry.chunks and before.geometry.frames > manifest.geometry.frames:
-        there = VideoGeometry.frames_of(manifest.geometry.lead + kept * manifest.geometry.chunk)
+        there = manifest.geometry.frames_decoded(kept)
         raise SettingsError(
             f"{folder} holds {min(there, before.geometry.frames) / before.geometry.fps:g} s and "
             f"{manifest.geometry.seconds:g} s are asked for; ask for at least as much, or --run a new "
@@ -160,7 +160,7 @@ def _place(wanted: Wanted, old: Manifest, folder: Path) -> int:
     chunk = chunks_before(wanted.seconds_kept, old.geometry)
     kept, trouble = kept_chunks(folder, old, most=chunk)
     if kept < chunk:
-        there = VideoGeometry.frames_of(old.geometry.lead + kept * old.geometry.chunk) / old.geometry.fps
+        there = old.geometry.frames_decoded(kept) / old.geometry.fps
         raise SettingsError(
             f"{folder} holds {there:g} s and --from is {wanted.seconds_kept:g}; name an earlier second. "
             f"{trouble}".strip()

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericsError, OutputError
-from ..geometry import VideoGeometry
 from ..latents_file import FOLDER, NAME, LatentsInfo, Link, read_chunk
 from .agreement import Wanted, begun, check_length, continued, kept_chunks
 from .chunks import add_chunk, chunk_files
@@ -210,7 +209,7 @@ def _check_place(folder: Path) -> None:
 
 def _still_shown(manifest: Manifest, kept: int) -> int:
     """Return how many frames of the video are right where only so many chunks are."""
-    frames = VideoGeometry.frames_of(manifest.geometry.lead + kept * manifest.geometry.chunk)
+    frames = manifest.geometry.frames_decoded(kept)
     return frames if manifest.shown is None else min(frames, manifest.shown)
 
 

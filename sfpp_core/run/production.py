@@ -132,7 +132,7 @@ def _produce(
 ) -> Outcome:
     """Make what a run lacks, once."""
     geometry, shown = planned.geometry, _shown(planned)
-    right = geometry.frames_until(run.kept - 1) if run.kept else 0
+    right = geometry.frames_until(run.kept - 1)
     if run.manifest.shown is not None:
         right = min(right, run.manifest.shown)
     frames = shown.cut(right, run.folder)
@@ -163,7 +163,7 @@ def _pieces(
     geometry, decoder = planned.geometry, models.decoder
     reach = reach_of(planned.decoder)
     warm_up(decoder, run.chunk, chunk=before.chunks, reach=reach, per_chunk=geometry.chunk)
-    skipped = before.frames - (geometry.frames_until(before.chunks - 1) if before.chunks else 0)
+    skipped = before.frames - geometry.frames_until(before.chunks - 1)
     with torch.inference_mode():
         for chunk in range(before.chunks, min(run.kept, geometry.chunks)):
             yield decoder.decode(run.chunk(chunk))[0, skipped : geometry.frames_kept(chunk)]
