@@ -14,7 +14,7 @@ from ..latent_space import SPACES
 from ..latents_file import FOLDER
 from .chunks import good_chunks, share_chunks
 from .decisions import Section, as_json, differences, keys, texts_of
-from .manifest import Look, Manifest, read_manifest
+from .manifest import Manifest, read_manifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +35,6 @@ class Wanted:
 
     request: Mapping[str, Any]
     """What the user asked for, in a table of JSON; kept to be asked again."""
-
-    look: Look | None = None
-    """How the chunks are shown; ``None`` where somebody else shows them."""
 
     seconds_kept: float | None = None
     """What comes before this second is kept, and what follows is made under these decisions, whatever decided
@@ -66,7 +63,6 @@ def begun(folder: Path, wanted: Wanted) -> Manifest:
         space=wanted.space,
         geometry=wanted.geometry,
         sections=(section,),
-        look=wanted.look,
         request=as_json(wanted.request),
         made_with=f"torch {torch.__version__}",
     )
@@ -88,9 +84,7 @@ def continued(before: Manifest, wanted: Wanted, folder: Path) -> Manifest:
     if wanted.branch is not None and before.branch != str(wanted.branch.resolve()):
         raise SettingsError(f"{folder} is another run already; name a new folder for the branch.")
     _check_size(before, wanted, folder)
-    new = replace(
-        before, geometry=wanted.geometry, look=wanted.look or before.look, request=as_json(wanted.request)
-    )
+    new = replace(before, geometry=wanted.geometry, request=as_json(wanted.request))
     section = before.sections[-1]
     differing = differences(section.decisions, _decisions(wanted, section.chunk))
     first = _first_other_text(section, wanted, before)
