@@ -12,11 +12,10 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from ..cache_shape import CacheShape
 from ..cues import Cue, as_cues
 from ..errors import CheckpointError, OutputError
 from ..sampler import LongSampler
-from ..stretches import Stretch, stretches
+from ..stretches import Stretch
 from ..student import CausalStudent
 from ..transfers import fetch
 from .folder import CACHE, Run
@@ -119,7 +118,7 @@ def go_on(
     """
     if run.complete:
         return
-    found = _stretches(run, sampler, as_cues(text))
+    found = list(sampler.stretches(as_cues(text)))
     given = 0 if start is None else start.shape[2] // sampler.geometry.chunk
     stretch = _at(found, max(run.kept, given))
     recall = recall_of(run, sampler, stretch, replay=replay)
@@ -165,12 +164,6 @@ def recall_of(run: Run, sampler: LongSampler, stretch: Stretch, *, replay: Repla
     if first - stretch.offset <= settings.sink_chunks or replay == "all" or (replay == "auto" and short):
         return Recall(how="all", exact=True)
     return Recall(how="window", exact=False, first=first)
-
-
-def _stretches(run: Run, sampler: LongSampler, cues: Sequence[Cue]) -> list[Stretch]:
-    """Return the stretches that the sampler will make the video of."""
-    shape = CacheShape.of(sampler.student.config, sampler.geometry, sampler.settings)
-    return list(stretches(cues, shape, chunks=run.chunks, overlap=sampler.settings.overlap_chunks))
 
 
 def _at(found: Sequence[Stretch], chunk: int) -> Stretch:
