@@ -139,6 +139,18 @@ def check_folder(folder: Path) -> None:
         ) from error
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, if it is not there.
+
+    Raises:
+        OutputError: It cannot be made.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the folder {folder} cannot be made: {error.strerror or error}.") from error
+
+
 def _check_room(folder: Path, expected_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < expected_bytes:

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from ..geometry import VideoGeometry
-from ..latents_file import FOLDER
-from .chunks import chunk_files
+from ..latents_file import FOLDER, chunk_files
 from .decisions import Section
 from .folder import CACHE
 from .lock import is_locked

@@ -45,18 +45,6 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder, if it is not there.
-
-    Raises:
-        OutputError: It cannot be made.
-    """
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"the folder {folder} cannot be made: {error.strerror or error}.") from error
-
-
 def move_aside(path: Path, aside: Path) -> None:
     """Move a file or folder into ``aside``, under a name of its own there; nothing is ever deleted.
 

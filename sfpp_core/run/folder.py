@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericsError, OutputError
-from ..latents_file import FOLDER, NAME, LatentsInfo, Link, read_chunk
+from ..latents_file import FOLDER, NAME, LatentsInfo, Link, chunk_files, read_chunk
+from ..outputs import make_folder
 from .agreement import Wanted, begun, check_length, continued, kept_chunks
-from .chunks import add_chunk, chunk_files
+from .chunks import add_chunk
 from .decisions import Section, keys
-from .durable import aside_folder, make_folder, move_aside
+from .durable import aside_folder, move_aside
 from .lock import NAME as LOCK
 from .lock import RunLock
 from .manifest import COPY, Manifest, Resume, is_run, read_manifest, write_manifest
