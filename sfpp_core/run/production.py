@@ -187,7 +187,7 @@ def _pieces(
         made.close()
 
 
-def _finish(run: Run, shown: "VideoFile | PictureFolder") -> None:
+def _finish(run: Run, shown: VideoFile | PictureFolder) -> None:
     """Finish the video of a complete run."""
     try:
         shown.finish()
