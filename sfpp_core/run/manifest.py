@@ -37,7 +37,7 @@ class Look:
     """How the chunks of a run are shown: nothing of it decides them."""
 
     out: str
-    """The video, as for ``video.open_writer``; an absolute path."""
+    """Absolute path of the video, or of the pictures."""
 
     enlarge: int
     """Side, in pixels, of the square each pixel becomes."""
