@@ -27,6 +27,10 @@ FRAGMENT_SECONDS = 0.25
 KEYFRAME_SECONDS = 1.0
 """Seconds between the frames a player can jump to."""
 
+GROWING = ("-movflags", "+frag_keyframe+empty_moov+default_base_moof")
+GROWING += ("-frag_duration", str(round(FRAGMENT_SECONDS * 1e6)))
+"""Options of ffmpeg for an MP4 that plays while it grows."""
+
 _FULL = "No space left on device"
 
 
@@ -220,8 +224,6 @@ def _command(*, width: int, height: int, fps: float, enlarge: int) -> list[str]:
     codec = "-c:v libx264 -preset veryfast -crf 17 -tune zerolatency -threads 1"
     keyframes = f"-g {max(1, round(fps * KEYFRAME_SECONDS))}"
     colours = "-color_range tv -colorspace bt709 -color_primaries bt709 -color_trc bt709"
-    fragments = f"-frag_duration {round(FRAGMENT_SECONDS * 1e6)} -flush_packets 1"
-    growing = f"-movflags +frag_keyframe+empty_moov+default_base_moof {fragments}"
     command = [find_ffmpeg(), "-hide_banner", "-loglevel", "error", "-y", *source.split()]
     command += ["-filter_threads", "1", "-vf", ",".join(filters)]
-    return [*command, *f"{codec} {keyframes} {colours} {growing}".split()]
+    return [*command, *f"{codec} {keyframes} {colours}".split(), *GROWING, "-flush_packets", "1"]

@@ -120,11 +120,15 @@ class VideoGeometry:
 
         The lead is decoded with chunk 0.
         """
-        return self.frames_until(chunk) - (self.frames_until(chunk - 1) if chunk else 0)
+        return self.frames_until(chunk) - self.frames_until(chunk - 1)
 
     def frames_until(self, chunk: int) -> int:
-        """Return the frames of the video once ``chunk`` is decoded."""
-        return min(self.frames, self.frames_of(self.lead + (chunk + 1) * self.chunk))
+        """Return the frames of the video once ``chunk`` is decoded; before chunk 0, at -1, there is none."""
+        return min(self.frames, self.frames_decoded(chunk + 1))
+
+    def frames_decoded(self, chunks: int) -> int:
+        """Return the frames decoded from the first ``chunks``, those beyond the video among them."""
+        return self.frames_of(self.lead + chunks * self.chunk) if chunks else 0
 
 
 def lead_of(latent_frames: int, *, chunk: int) -> int:

@@ -21,7 +21,7 @@ from .decoder import StreamingDecoder
 from .errors import CheckpointError, OutputError, SettingsError
 from .geometry import VideoGeometry
 from .latent_space import SPACES, LatentSpace
-from .outputs import check_folder
+from .outputs import check_folder, make_folder
 from .weights_file import DTYPES, Header, read_header, read_tensor, write
 
 METADATA_KEY = "sfpp_latents"
@@ -148,10 +148,12 @@ def read_chunk(path: Path) -> Tensor:
     return latents
 
 
-def checksum_of(latents: Tensor) -> str:
-    """Return a digest of the numbers of a tensor, bit by bit."""
-    content = latents.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return blake2b(content.data, digest_size=16).hexdigest()
+def checksum_of(*tensors: Tensor) -> str:
+    """Return a digest of the numbers of tensors, bit by bit."""
+    digest = blake2b(digest_size=16)
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_link(path: Path, header: Header) -> Link | None:
@@ -185,10 +187,7 @@ def save_latents(
     Raises:
         OutputError: The folder holds another video, or cannot be written.
     """
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"the folder {folder} cannot be made: {error.strerror or error}.") from error
+    make_folder(folder)
     metadata = {METADATA_KEY: json.dumps(asdict(info), sort_keys=True)}
     if link is None:
         _refuse_another(folder, info)
@@ -217,6 +216,11 @@ def _refuse_another(folder: Path, info: LatentsInfo) -> None:
         raise OutputError(f"{folder} holds the latents of another video; choose another folder or remove it.")
 
 
+def chunk_files(folder: Path) -> list[Path]:
+    """Return the files of all chunks in a folder, in order."""
+    return sorted(folder.glob(NAME.replace("%06d", "[0-9]" * 6)))
+
+
 def load_latents(path: Path) -> Latents:
     """Return the chunks saved in a folder; only headers are read.
 
@@ -232,7 +236,7 @@ def load_latents(path: Path) -> Latents:
         folder /= FOLDER
     if not folder.is_dir():
         raise CheckpointError(f"{path} does not exist; name the folder of latents that a run has left.")
-    files = sorted(folder.glob(NAME.replace("%06d", "[0-9]" * 6)))
+    files = chunk_files(folder)
     if not files:
         raise CheckpointError(f"{folder} holds no latents ({NAME % 0}, ...); name the folder a run has left.")
     headers = {file: read_header(file) for file in files}

@@ -47,6 +47,18 @@ def split_pattern(path: OutputPath) -> tuple[Path, str]:
     )
 
 
+def place_of(path: OutputPath) -> Path:
+    """Return the folder an output is made in: that of pictures may not be there yet, and its parent must be.
+
+    Raises:
+        OutputError: ``path`` is neither a video nor pictures.
+    """
+    if is_video(path):
+        return Path(path).parent
+    folder, _ = split_pattern(path)
+    return folder if folder.exists() else folder.parent
+
+
 def check_output(path: OutputPath, *, expected_bytes: int = 0) -> None:
     """Refuse an output path that cannot work. Leaves nothing behind.
 
@@ -60,11 +72,9 @@ def check_output(path: OutputPath, *, expected_bytes: int = 0) -> None:
     """
     if is_video(path):
         _check_file(Path(path))
-        folder = Path(path).parent
     else:
-        folder, name = split_pattern(path)
-        _refuse_mixing(folder, name)
-        folder = folder if folder.exists() else folder.parent
+        _refuse_mixing(*split_pattern(path))
+    folder = place_of(path)
     check_folder(folder)
     _check_room(folder, expected_bytes)
 
@@ -137,6 +147,18 @@ def check_folder(folder: Path) -> None:
         raise OutputError(
             f"the folder {folder} cannot be written to ({error.strerror}); choose another."
         ) from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, if it is not there.
+
+    Raises:
+        OutputError: It cannot be made.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the folder {folder} cannot be made: {error.strerror or error}.") from error
 
 
 def _check_room(folder: Path, expected_bytes: int) -> None:

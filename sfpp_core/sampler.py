@@ -110,7 +110,7 @@ class LongSampler:
         self._show(given, like)
         check, cache = _FiniteCheck(self.student.dtype, late=like.is_cuda), None
         held, done = dict(enumerate(given)), len(given)
-        for stretch in self._stretches(cues, done):
+        for stretch in (stretch for stretch in self.stretches(cues) if stretch.stop > done):
             if cache is None or cache.shape.lead != stretch.lead:
                 cache = None  # its memory is free before another is taken
                 cache = self._cache(like, lead=stretch.lead)
@@ -130,12 +130,11 @@ class LongSampler:
             for chunk, clean in enumerate(given):
                 self.finish(chunk, clean.to(like))
 
-    def _stretches(self, cues: Sequence[Cue], done: int) -> Iterator[Stretch]:
-        """Yield the stretches that are not over after ``done`` chunks."""
+    def stretches(self, cues: Sequence[Cue]) -> Iterator[Stretch]:
+        """Yield the stretches the video is made in, in order; the cues are as ``as_cues`` returns them."""
         settings, geometry = self.settings, self.geometry
         shape = CacheShape.of(self.student.config, geometry, settings)
-        found = stretches(cues, shape, chunks=geometry.chunks, overlap=settings.overlap_chunks)
-        return (stretch for stretch in found if stretch.stop > done)
+        return stretches(cues, shape, chunks=geometry.chunks, overlap=settings.overlap_chunks)
 
     def _cache(self, like: Tensor, *, lead: int) -> RollingKVCache:
         """Return an empty memory for stretches with so many latent frames before their first chunk."""

@@ -130,7 +130,7 @@ def chunk_at(seconds: float, geometry: VideoGeometry) -> int:
 
 def begins(chunk: int, geometry: VideoGeometry) -> float:
     """Return the second at which ``chunk`` begins in the video."""
-    return (geometry.frames_until(chunk - 1) if chunk else 0) / geometry.fps
+    return geometry.frames_until(chunk - 1) / geometry.fps
 
 
 def timetable(script: Script, geometry: VideoGeometry) -> Timetable:

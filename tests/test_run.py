@@ -291,6 +291,12 @@ def test_pictures_go_on_at_the_right_number(files, tmp_path, stop_at):
     assert read[0] == read[1]
 
 
+@pytest.mark.parametrize("out", ["new/frame_%04d.png", "new.d/"])
+def test_pictures_of_a_run_get_a_folder_of_their_own(files, tmp_path, out):
+    assert cli.main(run_words(files, tmp_path / "run", "--out", f"{tmp_path}/{out}", seconds="1")) == 0
+    assert len(list(tmp_path.glob("new*/frame_*.png"))) == 16
+
+
 # --- faults -----------------------------------------------------------------------------------------------
 
 

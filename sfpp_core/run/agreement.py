@@ -14,7 +14,7 @@ from ..latent_space import SPACES
 from ..latents_file import FOLDER
 from .chunks import good_chunks, share_chunks
 from .decisions import Section, as_json, differences, keys, texts_of
-from .manifest import Look, Manifest, read_manifest
+from .manifest import Manifest, read_manifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +36,6 @@ class Wanted:
     request: Mapping[str, Any]
     """What the user asked for, in a table of JSON; kept to be asked again."""
 
-    look: Look | None = None
-    """How the chunks are shown; ``None`` where somebody else shows them."""
-
     seconds_kept: float | None = None
     """What comes before this second is kept, and what follows is made under these decisions, whatever decided
     it before. ``None`` goes on with what is there."""
@@ -54,7 +51,7 @@ def chunks_before(seconds: float, geometry: VideoGeometry) -> int:
     """Return how many chunks lie wholly before a second of the video."""
     frames = round(seconds * geometry.fps)
     chunks = 0
-    while VideoGeometry.frames_of(geometry.lead + (chunks + 1) * geometry.chunk) <= frames:
+    while geometry.frames_decoded(chunks + 1) <= frames:
         chunks += 1
     return chunks
 
@@ -66,7 +63,6 @@ def begun(folder: Path, wanted: Wanted) -> Manifest:
         space=wanted.space,
         geometry=wanted.geometry,
         sections=(section,),
-        look=wanted.look,
         request=as_json(wanted.request),
         made_with=f"torch {torch.__version__}",
     )
@@ -88,9 +84,7 @@ def continued(before: Manifest, wanted: Wanted, folder: Path) -> Manifest:
     if wanted.branch is not None and before.branch != str(wanted.branch.resolve()):
         raise SettingsError(f"{folder} is another run already; name a new folder for the branch.")
     _check_size(before, wanted, folder)
-    new = replace(
-        before, geometry=wanted.geometry, look=wanted.look or before.look, request=as_json(wanted.request)
-    )
+    new = replace(before, geometry=wanted.geometry, request=as_json(wanted.request))
     section = before.sections[-1]
     differing = differences(section.decisions, _decisions(wanted, section.chunk))
     first = _first_other_text(section, wanted, before)
@@ -144,7 +138,7 @@ def _size(geometry: VideoGeometry) -> dict[str, int]:
 def check_length(folder: Path, manifest: Manifest, before: Manifest, kept: int) -> None:
     """Refuse to make a run shorter than it is: nothing is thrown away."""
     if kept > manifest.geometry.chunks and before.geometry.frames > manifest.geometry.frames:
-        there = VideoGeometry.frames_of(manifest.geometry.lead + kept * manifest.geometry.chunk)
+        there = manifest.geometry.frames_decoded(kept)
         raise SettingsError(
             f"{folder} holds {min(there, before.geometry.frames) / before.geometry.fps:g} s and "
             f"{manifest.geometry.seconds:g} s are asked for; ask for at least as much, or --run a new "
@@ -160,7 +154,7 @@ def _place(wanted: Wanted, old: Manifest, folder: Path) -> int:
     chunk = chunks_before(wanted.seconds_kept, old.geometry)
     kept, trouble = kept_chunks(folder, old, most=chunk)
     if kept < chunk:
-        there = VideoGeometry.frames_of(old.geometry.lead + kept * old.geometry.chunk) / old.geometry.fps
+        there = old.geometry.frames_decoded(kept) / old.geometry.fps
         raise SettingsError(
             f"{folder} holds {there:g} s and --from is {wanted.seconds_kept:g}; name an earlier second. "
             f"{trouble}".strip()

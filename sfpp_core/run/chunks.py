@@ -12,14 +12,9 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..geometry import VideoGeometry
 from ..latent_space import LatentSpace
-from ..latents_file import NAME, TENSOR, LatentsInfo, Link, read_chunk, read_link, save_latents
+from ..latents_file import NAME, TENSOR, LatentsInfo, Link, chunk_files, read_chunk, read_link, save_latents
 from ..weights_file import Header, read_header
 from .durable import share_file, sync_folder
-
-
-def chunk_files(folder: Path) -> list[Path]:
-    """Return the files of all chunks, in order."""
-    return sorted(folder.glob(NAME.replace("%06d", "[0-9]" * 6)))
 
 
 def good_chunks(

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from ..geometry import VideoGeometry
-from ..latents_file import FOLDER
-from .chunks import chunk_files
+from ..latents_file import FOLDER, chunk_files
 from .decisions import Section
 from .folder import CACHE
 from .lock import is_locked
@@ -48,9 +47,7 @@ def run_lines(folder: Path) -> list[str]:
 def _state(folder: Path, manifest: Manifest, kept: int) -> str:
     """Say how far a run is."""
     geometry = manifest.geometry
-    frames = min(
-        geometry.frames, VideoGeometry.frames_of(geometry.lead + kept * geometry.chunk) if kept else 0
-    )
+    frames = geometry.frames_until(kept - 1)
     if is_locked(folder):
         return f"being made: {frames / geometry.fps:g} s are there"
     if kept >= geometry.chunks:
@@ -69,8 +66,7 @@ def _section(section: Section, geometry: VideoGeometry) -> list[str]:
     """Explain a section."""
     lines = []
     for chunk, text in section.texts[:LISTED]:
-        seconds = VideoGeometry.frames_of(geometry.lead + chunk * geometry.chunk) / geometry.fps
-        lines.append(f"prompt     from {seconds if chunk else 0:g} s: {text}")
+        lines.append(f"prompt     from {geometry.frames_decoded(chunk) / geometry.fps:g} s: {text}")
     if len(section.texts) > LISTED:
         lines.append(f"prompt     and {len(section.texts) - LISTED} more")
     seed, student = section.decisions.get("seed"), section.decisions.get("student")

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from ..errors import OutputError
 
+ASIDE = "aside"
+"""Name of the folder in a run for what it does not need any more; nothing is ever deleted."""
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a file that appears under its name once it is whole and on the disk, in place of an earlier one.
@@ -45,18 +48,6 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder, if it is not there.
-
-    Raises:
-        OutputError: It cannot be made.
-    """
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"the folder {folder} cannot be made: {error.strerror or error}.") from error
-
-
 def move_aside(path: Path, aside: Path) -> None:
     """Move a file or folder into ``aside``, under a name of its own there; nothing is ever deleted.
 
@@ -79,27 +70,27 @@ def move_aside(path: Path, aside: Path) -> None:
 def aside_folder(run: Path) -> Path:
     """Return a folder in ``run``, not made yet, for what is put aside at this moment."""
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-    folder, further = run / "aside" / stamp, 1
+    folder, further = run / ASIDE / stamp, 1
     while folder.exists():
         further += 1
-        folder = run / "aside" / f"{stamp}_{further}"
+        folder = run / ASIDE / f"{stamp}_{further}"
     return folder
 
 
 def share_file(source: Path, target: Path) -> None:
-    """Let ``target`` be the same file as ``source``, or a copy where the disk cannot do that.
+    """Let ``target``, which is not there yet, be the same file as ``source``; a copy where that cannot be.
 
     Raises:
         OutputError: Neither is possible.
     """
+    with contextlib.suppress(OSError):
+        target.hardlink_to(source)
+        return
+    part = target.with_name(f".{target.name}.part")
     try:
-        try:
-            target.hardlink_to(source)
-        except FileExistsError:
-            raise
-        except (OSError, NotImplementedError):
-            part = target.with_name(f".{target.name}.part")
-            shutil.copyfile(source, part)
-            part.replace(target)
+        shutil.copyfile(source, part)
+        part.replace(target)
     except OSError as error:
         raise OutputError(f"{target} cannot be made of {source}: {error.strerror or error}.") from error
+    finally:
+        part.unlink(missing_ok=True)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericsError, OutputError
-from ..geometry import VideoGeometry
-from ..latents_file import FOLDER, NAME, LatentsInfo, Link, read_chunk
+from ..latents_file import FOLDER, NAME, LatentsInfo, Link, chunk_files, read_chunk
+from ..outputs import make_folder
 from .agreement import Wanted, begun, check_length, continued, kept_chunks
-from .chunks import add_chunk, chunk_files
+from .chunks import add_chunk
 from .decisions import Section, keys
-from .durable import aside_folder, make_folder, move_aside
+from .durable import ASIDE, aside_folder, move_aside
 from .lock import NAME as LOCK
 from .lock import RunLock
 from .manifest import COPY, Manifest, Resume, is_run, read_manifest, write_manifest
@@ -162,7 +162,7 @@ def open_run(folder: Path, wanted: Wanted) -> Run:
     lock = RunLock(folder)
     try:
         if wanted.anew:
-            kept_here = (LOCK, "aside", LOG)
+            kept_here = (LOCK, ASIDE, LOG)
             # The manifest first: without it the rest is no run, and not half of one.
             entries = sorted(folder.iterdir(), key=lambda entry: entry.name not in (MANIFEST, COPY))
             _put_aside(folder, [entry for entry in entries if entry.name not in kept_here])
@@ -198,7 +198,7 @@ def _check_place(folder: Path) -> None:
         raise OutputError(f"the folder {folder.parent} does not exist; make it first, or choose another.")
     if not folder.is_dir() or is_run(folder):
         return
-    own = {LOCK, "aside", LOG, FOLDER}
+    own = {LOCK, ASIDE, LOG, FOLDER}
     foreign = sorted(
         entry.name for entry in folder.iterdir() if entry.name not in own and entry.name[0] != "."
     )
@@ -210,7 +210,7 @@ def _check_place(folder: Path) -> None:
 
 def _still_shown(manifest: Manifest, kept: int) -> int:
     """Return how many frames of the video are right where only so many chunks are."""
-    frames = VideoGeometry.frames_of(manifest.geometry.lead + kept * manifest.geometry.chunk)
+    frames = manifest.geometry.frames_decoded(kept)
     return frames if manifest.shown is None else min(frames, manifest.shown)
 
 

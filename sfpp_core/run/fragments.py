@@ -131,7 +131,7 @@ def _digest(file: IO[bytes], size: int) -> bytes:
     return digest.digest()
 
 
-def new_digest() -> "blake2b":
+def new_digest() -> blake2b:
     """Return what makes the digest of a part."""
     return blake2b(digest_size=16)
 

@@ -12,11 +12,10 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from ..cache_shape import CacheShape
 from ..cues import Cue, as_cues
 from ..errors import CheckpointError, OutputError
 from ..sampler import LongSampler
-from ..stretches import Stretch, stretches
+from ..stretches import Stretch
 from ..student import CausalStudent
 from ..transfers import fetch
 from .folder import CACHE, Run
@@ -43,9 +42,6 @@ class Recall:
 
     how: Literal["cache", "all", "window"]
 
-    exact: bool
-    """Whether what follows is, bit for bit, what an undisturbed run makes."""
-
     first: int = 0
     """First chunk that is remembered again, the sink apart."""
 
@@ -57,6 +53,11 @@ class Recall:
         if self.kept is not None:
             return chunks - self.kept.chunk - 1
         return chunks - max(self.first, stretch.offset)
+
+    @property
+    def exact(self) -> bool:
+        """Whether what follows is, bit for bit, what an undisturbed run makes."""
+        return self.how != "window"
 
     @property
     def in_words(self) -> str:
@@ -119,7 +120,7 @@ def go_on(
     """
     if run.complete:
         return
-    found = _stretches(run, sampler, as_cues(text))
+    found = list(sampler.stretches(as_cues(text)))
     given = 0 if start is None else start.shape[2] // sampler.geometry.chunk
     stretch = _at(found, max(run.kept, given))
     recall = recall_of(run, sampler, stretch, replay=replay)
@@ -156,21 +157,15 @@ def recall_of(run: Run, sampler: LongSampler, stretch: Stretch, *, replay: Repla
     """Return how the past of a run will be recalled, as far as the stretch of its next chunk knows it."""
     settings = sampler.settings
     if settings.overlap:  # a window that starts anew knows nothing of what came before it
-        return Recall(how="all", exact=True)
+        return Recall(how="all")
     kept = _kept_cache(run, stretch)
     if kept is not None:
-        return Recall(how="cache", exact=True, kept=kept)
+        return Recall(how="cache", kept=kept)
     short = run.kept - stretch.offset <= AUTO_WINDOWS * settings.window_chunks
     first = run.kept + 1 - REPLAYED_WINDOWS * (settings.window_chunks - settings.sink_chunks)
     if first - stretch.offset <= settings.sink_chunks or replay == "all" or (replay == "auto" and short):
-        return Recall(how="all", exact=True)
-    return Recall(how="window", exact=False, first=first)
-
-
-def _stretches(run: Run, sampler: LongSampler, cues: Sequence[Cue]) -> list[Stretch]:
-    """Return the stretches that the sampler will make the video of."""
-    shape = CacheShape.of(sampler.student.config, sampler.geometry, sampler.settings)
-    return list(stretches(cues, shape, chunks=run.chunks, overlap=sampler.settings.overlap_chunks))
+        return Recall(how="all")
+    return Recall(how="window", first=first)
 
 
 def _at(found: Sequence[Stretch], chunk: int) -> Stretch:

@@ -12,7 +12,7 @@ from typing import IO
 
 import numpy as np
 
-from ..encoder import Encoder, find_ffmpeg, last_words
+from ..encoder import GROWING, Encoder, find_ffmpeg, last_words
 from ..errors import OutputError
 from .fragments import (
     Part,
@@ -185,9 +185,8 @@ def _head(*, width: int, height: int, fps: float, enlarge: int) -> bytes:
 def _take_apart(path: Path, head: bytes) -> bool:
     """Undo ``finish_video``; return whether the file was a video at all."""
     loose, whole = path.with_name(f".{path.name}.loose"), path.with_name(f".{path.name}.part")
-    flags = ("-movflags", "+frag_keyframe+empty_moov+default_base_moof", "-frag_duration", "250000")
     try:
-        _copy_streams(path, loose, *flags)
+        _copy_streams(path, loose, *GROWING)
         with loose.open("rb") as source, whole.open("wb") as target:
             digest, count = new_digest(), 0
             digest.update(head)

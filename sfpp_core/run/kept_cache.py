@@ -1,16 +1,14 @@
 """The keys and values of a run on disk, so that it goes on exactly, and at once."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..errors import CheckpointError
 from ..kv_cache import RollingKVCache
+from ..latents_file import checksum_of
 from ..weights_file import STORED, read_header, read_tensor, write
 from .durable import sync_folder
 
@@ -56,7 +54,7 @@ def save_cache(path: Path, cache: RollingKVCache, *, chunk: int, key: str) -> No
         tensor.detach().cpu().contiguous().flatten().view(torch.uint8).view(torch.float16)
         for tensor in cache.storage.tensors()
     ]
-    table = {"chunk": chunk, "key": key, "checksum": _checksum(tensors)}
+    table = {"chunk": chunk, "key": key, "checksum": checksum_of(*tensors)}
     named = {_name(place): tensor for place, tensor in enumerate(tensors)}
     write(path, named, {METADATA_KEY: json.dumps(table, sort_keys=True)})
     sync_folder(path.parent)
@@ -81,7 +79,7 @@ def find_cache(path: Path) -> KeptCache | None:
     names = [_name(place) for place in range(len(header.tensors))]
     if set(names) != set(header.tensors) or any(header.tensors[name].dtype not in STORED for name in names):
         raise CheckpointError(f"{path} holds something else than keys and values; it is damaged.")
-    if _checksum([read_tensor(path, header, name) for name in names]) != table["checksum"]:
+    if checksum_of(*(read_tensor(path, header, name) for name in names)) != table["checksum"]:
         raise CheckpointError(f"{path} is damaged: its numbers are not those that were written.")
     return KeptCache(path=path, **table)
 
@@ -89,11 +87,3 @@ def find_cache(path: Path) -> KeptCache | None:
 def _name(place: int) -> str:
     """Return the name of a tensor."""
     return f"part_{place}"
-
-
-def _checksum(tensors: Sequence[Tensor]) -> str:
-    """Return a digest of the numbers of all tensors."""
-    digest = blake2b(digest_size=16)
-    for tensor in tensors:
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -37,7 +37,7 @@ class Look:
     """How the chunks of a run are shown: nothing of it decides them."""
 
     out: str
-    """The video, as for ``video.open_writer``; relative to the folder of the run where it is in there."""
+    """Absolute path of the video, or of the pictures."""
 
     enlarge: int
     """Side, in pixels, of the square each pixel becomes."""
@@ -93,7 +93,7 @@ class Manifest:
     """Frames of its video that are still right; ``None`` are all that are there."""
 
     video: Mapping[str, int] = field(default_factory=dict)
-    """Frames and bytes of the finished video; empty before it is finished."""
+    """Frames of the finished video, and its bytes or pictures; empty before it is finished."""
 
     branch: str = ""
     """Folder of the run whose first chunks it shares."""

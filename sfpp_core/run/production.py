@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..config import to_table
 from ..decoder import PREVIEW, StreamingDecoder
 from ..errors import OutputError
 from ..generate import Loaded, load, load_planned_decoder
-from ..outputs import check_folder, forecast_bytes, is_video, split_pattern
+from ..outputs import check_folder, forecast_bytes, place_of
 from ..plan import Plan
 from ..recording import Outcome, Progress, record
 from ..video import WAITING_FRAMES, Writer
@@ -67,7 +68,7 @@ def begin(planned: Plan, choices: Choices) -> Run:
     assert folder is not None
     run = open_run(folder, wanted_of(planned, choices))
     try:
-        _take_look(run, look_of(planned), _shown(planned))
+        _take_look(planned, run)
         _check_room(planned, run, keep_cache=bool(choices.keep_cache))
     except BaseException:
         run.close()
@@ -132,7 +133,7 @@ def _produce(
 ) -> Outcome:
     """Make what a run lacks, once."""
     geometry, shown = planned.geometry, _shown(planned)
-    right = geometry.frames_until(run.kept - 1) if run.kept else 0
+    right = geometry.frames_until(run.kept - 1)
     if run.manifest.shown is not None:
         right = min(right, run.manifest.shown)
     frames = shown.cut(right, run.folder)
@@ -163,7 +164,7 @@ def _pieces(
     geometry, decoder = planned.geometry, models.decoder
     reach = reach_of(planned.decoder)
     warm_up(decoder, run.chunk, chunk=before.chunks, reach=reach, per_chunk=geometry.chunk)
-    skipped = before.frames - (geometry.frames_until(before.chunks - 1) if before.chunks else 0)
+    skipped = before.frames - geometry.frames_until(before.chunks - 1)
     with torch.inference_mode():
         for chunk in range(before.chunks, min(run.kept, geometry.chunks)):
             yield decoder.decode(run.chunk(chunk))[0, skipped : geometry.frames_kept(chunk)]
@@ -187,7 +188,7 @@ def _pieces(
         made.close()
 
 
-def _finish(run: Run, shown: "VideoFile | PictureFolder") -> None:
+def _finish(run: Run, shown: VideoFile | PictureFolder) -> None:
     """Finish the video of a complete run."""
     try:
         shown.finish()
@@ -261,34 +262,32 @@ def look_of(planned: Plan) -> Look:
     )
 
 
-def _take_look(run: Run, look: Look, shown: VideoFile | PictureFolder) -> None:
+def _take_look(planned: Plan, run: Run) -> None:
     """Show a run as it is wanted now; a video that looked otherwise is put aside, to be made again."""
-    before = run.manifest.look
+    before, look = run.manifest.look, look_of(planned)
     if before == look:
         return
-    place = Path(look.out).parent if is_video(look.out) else split_pattern(look.out)[0]
-    check_folder(place if place.exists() else place.parent)
+    check_folder(place_of(planned.request.out))
     if before is not None:
         said = f"the video is made again as {look.out}, with {look.decoder}; the earlier one is kept"
         run.say(said)
         logger.warning("%s: %s.", run.folder, said)
-    shown.put_aside(run.folder)
+    _shown(planned).put_aside(run.folder)
     run.change(look=look, shown=None, video={})
 
 
 def _check_room(planned: Plan, run: Run, *, keep_cache: bool) -> None:
     """Refuse a run that the disk has no room for."""
     geometry, space = planned.geometry, planned.decoder.space
-    cells = geometry.chunk_shape[0] * geometry.chunk_shape[1] * geometry.chunk_shape[2]
     lacking = max(0, geometry.chunks - run.kept)
-    needed = lacking * (4 * cells * space.channels + 4096)
+    needed = lacking * (4 * prod(geometry.chunk_shape) * space.channels + 4096)
     if keep_cache:
         needed += 2 * (planned.forecast.cache + planned.forecast.cache_on_host)  # the last one, and the next
     share = lacking / geometry.chunks
     size = {"width": geometry.width, "height": geometry.height, "enlarge": planned.enlarge}
     video = forecast_bytes(planned.request.out, frames=geometry.frames, **size)
     rooms = {run.folder: needed}
-    place = Path(planned.request.out).parent
+    place = place_of(planned.request.out)
     rooms[place] = rooms.get(place, 0) + round(share * video)
     for folder, bytes_needed in rooms.items():
         free = shutil.disk_usage(folder).free

@@ -134,5 +134,5 @@ class _CutChunk:
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the open chunk of one layer; return keys and values ``(B, N, L, D)`` of what it sees."""
         seen_k, seen_v = self._opened.write(layer, k, v)
-        tokens = self._tokens.to(seen_k.device)
-        return seen_k.index_select(2, tokens), seen_v.index_select(2, tokens)
+        self._tokens = self._tokens.to(seen_k.device)  # copied once, for the first layer
+        return seen_k.index_select(2, self._tokens), seen_v.index_select(2, self._tokens)

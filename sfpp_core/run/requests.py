@@ -8,11 +8,10 @@ from typing import Any
 
 from ..cues import SOFT, Change
 from ..errors import CheckpointError, SettingsError
-from ..latents_file import FOLDER
+from ..latents_file import FOLDER, chunk_files
 from ..request import Request
 from ..script import read_script
 from ..script_json import timed
-from .chunks import chunk_files
 from .manifest import is_run, read_manifest
 
 _PATHS = ("student", "words", "text_encoder", "tokenizer", "text_cache", "start", "encoder", "latents", "run")
