@@ -3,7 +3,6 @@
 Run ``python -m training.export training/configs/demo_export.toml [key=value ...]``.
 """
 
-import hashlib
 import json
 import logging
 import sys
@@ -18,6 +17,7 @@ from sfpp_core.config import RolloutSettings
 from sfpp_core.demo import STUDENT, WORDS
 from training.adapters import LoraSettings, export_adapters
 from training.config import ConfigError, load
+from training.digests import digest
 from training.models import network_of
 from training.state import FILE, newest, read_averaged
 from training.teacher import load_demo_model
@@ -65,7 +65,7 @@ def main(settings: ExportSettings) -> None:
         export_adapters(weights, out, lora_of(Path(settings.run)), dtype=DTYPES[settings.dtype])
     else:
         network, config = network_of(weights)
-        notes = {"log": _digest(Path(settings.run))}
+        notes = {"log": digest(Path(settings.run) / "log.jsonl")}
         dtype, rollout = DTYPES[settings.dtype], settings.rollout
         save(out, network, config, rollout, stage=settings.stage, dtype=dtype, notes=notes)
     logging.info("wrote %s", out)
@@ -97,18 +97,13 @@ def read_recipe(path: Path) -> dict[str, str]:
     return torch.load(found, map_location="cpu", weights_only=True, mmap=True)["recipe"]
 
 
-def _digest(run: Path) -> str:
-    """Return a digest of the log of a run."""
-    return hashlib.blake2b((run / "log.jsonl").read_bytes(), digest_size=8).hexdigest()
-
-
 def export_demo(settings: ExportSettings) -> None:
     """Write the demo's student in float16 and its words."""
     run, out = Path(settings.run), Path(settings.out)
     model = load_demo_model(run / FILE)
     notes = {
         "world": WORLD_VERSION,
-        "log": _digest(run),
+        "log": digest(run / "log.jsonl"),
         "note": "A demonstration of the mechanism on a toy world; it says nothing about Wan.",
     }
     out.mkdir(parents=True, exist_ok=True)

@@ -13,8 +13,8 @@ import torch
 from sfpp_core.config import RolloutSettings
 from training import evaluate
 from training.config import ConfigError, flatten, load
+from training.digests import stamp
 from training.journal import read_pace
-from training.measuring import stamp
 from training.reproduction.layout import MODULES, Stage, lay_out
 from training.reproduction.settings import MATCHED, ReproduceSettings
 from training.state import FILE, newest
