@@ -3,7 +3,6 @@
 Run ``python -m training.export training/configs/demo_export.toml [key=value ...]``.
 """
 
-import json
 import logging
 import sys
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from training.adapters import LoraSettings, export_adapters
 from training.config import ConfigError, load
 from training.digests import digest
 from training.models import network_of
-from training.state import FILE, newest, read_averaged
+from training.state import FILE, read_averaged, read_notes
 from training.teacher import load_demo_model
 from training.texts import DTYPES
 from training.world import WORD_GROUPS, WORLD_VERSION
@@ -77,7 +76,7 @@ def lora_of(run: Path) -> LoraSettings:
     Raises:
         ConfigError: Its saved state says nothing of adapters.
     """
-    recipe = read_recipe(run / FILE)
+    recipe = read_notes(run / FILE)["recipe"]
     for part in ("student", "optimiser"):
         if int(recipe.get(f"{part}.lora.rank", 0)):
             rank, alpha = (recipe[f"{part}.lora.{name}"] for name in ("rank", "alpha"))
@@ -85,16 +84,6 @@ def lora_of(run: Path) -> LoraSettings:
     raise ConfigError(
         f"{run} holds adapters, and its settings say nothing of them; is it a run of a student?"
     )
-
-
-def read_recipe(path: Path) -> dict[str, str]:
-    """Return the settings of a run by dotted name, as its ``last.pt`` tells them."""
-    found = newest(path)
-    if found is None:
-        raise ConfigError(f"{path} does not exist; run the stage that writes it first.")
-    if found.is_dir():
-        return json.loads((found / "notes.json").read_text())["recipe"]
-    return torch.load(found, map_location="cpu", weights_only=True, mmap=True)["recipe"]
 
 
 def export_demo(settings: ExportSettings) -> None:
