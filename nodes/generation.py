@@ -185,11 +185,13 @@ class Generation:
     @plain_errors
     def samples(self) -> Tensor:
         """Return the whole latent ``(1, C, T, h, w)``, generating what is missing with a progress bar."""
-        parts, pace, frames = [], Pace(self.total_chunks, kept=self.kept, origin=self.origin), 0
+        parts, pace = [], Pace(self.total_chunks, kept=self.kept, origin=self.origin)
+        latent_frames = frames = 0
         with _host.Progress(self.total_chunks, self.maker) as progress, closing(self.chunks()) as chunks:
             for number, chunk in enumerate(chunks, start=1):
                 parts.append(chunk)
-                before, frames = frames, min(self.frames, frames + 4 * chunk.shape[2] - 3 * (number == 1))
+                latent_frames += chunk.shape[2]
+                before, frames = frames, min(self.frames, VideoGeometry.frames_of(latent_frames))
                 progress.show(number, pace.tick(frames - before))
         needed = 1 + -(-(self.frames - 1) // TEMPORAL_STRIDE)
         return torch.cat(parts, dim=2)[:, :, :needed]

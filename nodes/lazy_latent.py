@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..sfpp_core.errors import GeometryError
-from ..sfpp_core.geometry import TEMPORAL_STRIDE
+from ..sfpp_core.geometry import VideoGeometry
 from ..sfpp_core.latent_space import WAN_2_1, WAN_2_2, LatentSpace
 
 SAMPLES = "samples"
@@ -101,7 +101,7 @@ class Finished:
         self._samples = samples
         self.space = SPACES[samples.shape[1]]
         self.latent_frames = samples.shape[2]
-        self.frames = 1 + TEMPORAL_STRIDE * (samples.shape[2] - 1)
+        self.frames = VideoGeometry.frames_of(self.latent_frames)
         self.total_chunks = -(-samples.shape[2] // self.LATENT_FRAMES)
         self.origin = ""
         self.kept = 0  # nothing is made here: the pace is the decoder's

@@ -23,8 +23,9 @@ from training.measuring import Roller, picks, whole_seconds
 from training.reproduction import runner
 from training.reproduction.layout import LONGER, ODE, PLAIN, PLUS, Stage
 from training.reproduction.settings import ReproduceSettings
-from training.reproduction.stages import MODULES, Stages, read_notes
+from training.reproduction.stages import MODULES, Stages
 from training.reproduction.summary import NUMBERS, Student, clip_numbers, difference, spread_of
+from training.state import read_notes
 from training.teacher import DemoModel
 from training.world import caption, render, sample_scene
 from training.world_metrics import measure

@@ -3,8 +3,6 @@
 Run ``python -m training.export training/configs/demo_export.toml [key=value ...]``.
 """
 
-import hashlib
-import json
 import logging
 import sys
 from dataclasses import dataclass, field
@@ -18,8 +16,9 @@ from sfpp_core.config import RolloutSettings
 from sfpp_core.demo import STUDENT, WORDS
 from training.adapters import LoraSettings, export_adapters
 from training.config import ConfigError, load
+from training.digests import digest
 from training.models import network_of
-from training.state import FILE, newest, read_averaged
+from training.state import FILE, read_averaged, read_notes
 from training.teacher import load_demo_model
 from training.texts import DTYPES
 from training.world import WORD_GROUPS, WORLD_VERSION
@@ -65,7 +64,7 @@ def main(settings: ExportSettings) -> None:
         export_adapters(weights, out, lora_of(Path(settings.run)), dtype=DTYPES[settings.dtype])
     else:
         network, config = network_of(weights)
-        notes = {"log": _digest(Path(settings.run))}
+        notes = {"log": digest(Path(settings.run) / "log.jsonl")}
         dtype, rollout = DTYPES[settings.dtype], settings.rollout
         save(out, network, config, rollout, stage=settings.stage, dtype=dtype, notes=notes)
     logging.info("wrote %s", out)
@@ -77,7 +76,7 @@ def lora_of(run: Path) -> LoraSettings:
     Raises:
         ConfigError: Its saved state says nothing of adapters.
     """
-    recipe = read_recipe(run / FILE)
+    recipe = read_notes(run / FILE)["recipe"]
     for part in ("student", "optimiser"):
         if int(recipe.get(f"{part}.lora.rank", 0)):
             rank, alpha = (recipe[f"{part}.lora.{name}"] for name in ("rank", "alpha"))
@@ -87,28 +86,13 @@ def lora_of(run: Path) -> LoraSettings:
     )
 
 
-def read_recipe(path: Path) -> dict[str, str]:
-    """Return the settings of a run by dotted name, as its ``last.pt`` tells them."""
-    found = newest(path)
-    if found is None:
-        raise ConfigError(f"{path} does not exist; run the stage that writes it first.")
-    if found.is_dir():
-        return json.loads((found / "notes.json").read_text())["recipe"]
-    return torch.load(found, map_location="cpu", weights_only=True, mmap=True)["recipe"]
-
-
-def _digest(run: Path) -> str:
-    """Return a digest of the log of a run."""
-    return hashlib.blake2b((run / "log.jsonl").read_bytes(), digest_size=8).hexdigest()
-
-
 def export_demo(settings: ExportSettings) -> None:
     """Write the demo's student in float16 and its words."""
     run, out = Path(settings.run), Path(settings.out)
     model = load_demo_model(run / FILE)
     notes = {
         "world": WORLD_VERSION,
-        "log": _digest(run),
+        "log": digest(run / "log.jsonl"),
         "note": "A demonstration of the mechanism on a toy world; it says nothing about Wan.",
     }
     out.mkdir(parents=True, exist_ok=True)

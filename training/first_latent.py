@@ -57,7 +57,8 @@ def as_clips(
     clean, mask = rolled.clean, torch.ones_like(rolled.clean[:, :1, :, :1, :1])
     mask[:, :, : rolled.old] = 0
     begins = range(0 if rolled.before.shape[2] else length, clean.shape[2], length)
-    if begins and handling != "keep":
+    cut = bool(begins) and handling != "keep"
+    if cut:
         for begin in begins:
             mask[:, :, begin : begin + masked] = 0
         if handling == "reencode":
@@ -66,7 +67,8 @@ def as_clips(
             clean = clean.index_copy(2, places, _pictures(rolled, begins, autoencoder).to(clean))
     clips = clean.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
     masks = mask.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
-    return clips, None if bool(mask.all()) else masks
+    # Told from the numbers at hand: to ask the mask would make the host wait for a GPU.
+    return clips, masks if rolled.old or (cut and masked) else None
 
 
 @torch.no_grad()

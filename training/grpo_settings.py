@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, get_args
 
-import torch
-
 from sfpp_core.config import RolloutSettings
 from training import parallel
 from training.config import ConfigError
@@ -12,9 +10,7 @@ from training.loop import LoopSettings, OptimiserSettings
 from training.models import VideoSettings
 from training.policy import Reduction
 from training.rewards import RewardSettings
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""What a student may compute in, by name."""
+from training.texts import DTYPES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,12 +7,10 @@ Source: Self-Forcing, arXiv:2506.08009, section 3; shift 5, so that every state 
 sigma the student is trained at.
 """
 
-import hashlib
 import json
 import logging
 import sys
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +23,7 @@ from tqdm import tqdm
 
 from sfpp_core.config import RolloutSettings
 from training.config import ConfigError, load
+from training.digests import digest
 from training.models import Model, VideoSettings, geometry_of, load_role, texts_of
 from training.state import FILE, newest
 from training.teacher import causal_trajectory, trajectory
@@ -121,30 +120,11 @@ def identity(settings: PairSettings, batch: int, texts: Texts | None = None) -> 
     if settings.video.is_wan:
         recipe["video"] = {name: recipe["video"][name] for name in ("height", "width")}
     path = Path(settings.teacher)
-    state = newest(path) if path.name == FILE else path
-    teacher = _digest(state if state and state.exists() else path, _stamp(state or path))
+    found = newest(path) if path.name == FILE else path
+    # A name that stands for a model is no file.
+    teacher = digest(found) if found and found.exists() else settings.teacher
     captions = captions_of(settings, batch, texts)
     return {"recipe": json.dumps({**recipe, "teacher": teacher}), "captions": json.dumps(captions)}
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    """Return size and time of a file or folder, which change when its content does."""
-    status = path.stat() if path.exists() else None
-    return (status.st_size, status.st_mtime_ns) if status else (0, 0)
-
-
-@cache
-def _digest(path: Path, stamp: tuple[int, int]) -> str:  # noqa: ARG001 - decides what is remembered
-    """Return a digest of a file, of all files of a folder, or of a name that stands for a model."""
-    digest = hashlib.blake2b(digest_size=8)
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    for file in files:
-        with file.open("rb") as content:
-            while part := content.read(2**24):
-                digest.update(part)
-    if not files:
-        digest.update(str(path).encode())
-    return digest.hexdigest()
 
 
 def load_teacher(settings: PairSettings, texts: Texts | None, device: torch.device) -> Model:

@@ -6,12 +6,10 @@ goes on with the next batch.
 Legend: B videos, F frames, C channels, T latent frames, H and W pixels.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from sfpp_core.sampler import LongSampler
 from sfpp_core.student import CausalStudent
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training.config import ConfigError
+from training.digests import digest
 from training.state import newest
 from training.teacher import load_demo_model
 from training.world import FPS, SIZE
@@ -195,20 +194,4 @@ def fingerprint(path: Path) -> str:
     found = newest(path)
     if found is None:
         raise ConfigError(f"{path} does not exist; run the stage that writes it first.")
-    files = sorted(found.rglob("*")) if found.is_dir() else [found]
-    return _digest(tuple((file, stamp(file)) for file in files))
-
-
-def stamp(path: Path) -> tuple[int, int]:
-    """Return what changes when a file is written again: its time and its size."""
-    status = path.stat()
-    return status.st_mtime_ns, status.st_size
-
-
-@lru_cache
-def _digest(files: tuple[tuple[Path, tuple[int, int]], ...]) -> str:
-    """Return a digest of the contents of files."""
-    digest = hashlib.blake2b(digest_size=8)
-    for file, _ in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+    return digest(found)

@@ -58,17 +58,17 @@ def roll_samples(
         The numbers of ``keep_samples``; and by length the share of videos that are ``right`` and ``steady``
         (see ``world_metrics``), and the means of the measurements in ``WORLD``.
     """
-    frames = round(max(seconds) * FPS)
+    frames = frames_in(max(seconds))
     geometry = VideoGeometry(height=SIZE, width=SIZE, frames=frames, chunk=settings.chunk)
     student = CausalStudent(model.network, model.config)
     sampler = LongSampler(student=student, geometry=geometry, settings=settings, seed=1, device=device)
     decoder.reset()
-    parts = [_bytes(decoder.decode(clean)) for clean in sampler.chunks(model.words(SAMPLE_PROMPTS))]
+    parts = [in_bytes(decoder.decode(clean)) for clean in sampler.chunks(model.words(SAMPLE_PROMPTS))]
     decoder.reset()
     videos = torch.cat(parts, dim=1)[:, :frames]
     numbers = keep_samples(videos, SAMPLE_PROMPTS, path, seconds=seconds)
     for length in seconds:
-        numbers |= _world(videos[:, : round(length * FPS)], f"{length:g}s")
+        numbers |= _world(videos[:, : frames_in(length)], f"{length:g}s")
     return numbers
 
 
@@ -130,7 +130,7 @@ def _luma(frames: Tensor) -> Tensor:
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
-def _bytes(frames: Tensor) -> Tensor:
+def in_bytes(frames: Tensor) -> Tensor:
     """Return frames in [0, 1] as a viewer gets them: bytes, on the CPU."""
     return (frames.float().clamp(0, 1) * 255).round().byte().cpu()
 

@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from training import parallel
 from training.averaging import plain
 from training.config import ConfigError
+from training.digests import stamp
 from training.trained import Trained
 
 logger = logging.getLogger(__name__)
@@ -196,6 +198,27 @@ def _check_recipe(
                 f"{out} holds a run with {name} = {was}, and it is {recipe.get(name)} now; put it back to "
                 "continue, or choose another folder."
             )
+
+
+def read_notes(path: Path) -> dict[str, Any]:
+    """Return ``done``, ``seconds`` and ``recipe`` of the saved state of a run, given its ``last.pt``.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    found = newest(path)
+    if found is None:
+        raise ConfigError(f"{path} does not exist; run the stage that writes it first.")
+    if found.is_dir():
+        return json.loads((found / _NOTES).read_text())
+    return _notes_in(found, stamp(found))
+
+
+@lru_cache
+def _notes_in(path: Path, stamp: tuple[int, int]) -> dict[str, Any]:  # noqa: ARG001 - a changed file is read again
+    """Return the notes in a saved state that is one file."""
+    state = _read_file(path, lazily=True)
+    return {name: state[name] for name in ("done", "seconds", "recipe")}
 
 
 def read_averaged(path: Path, *, name: str = "model") -> dict[str, Tensor]:

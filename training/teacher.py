@@ -21,6 +21,7 @@ from sfpp_core.schedule import warp
 from sfpp_core.student import BoundStudent, CausalStudent
 from sfpp_core.words import WordEncoder
 from training.config import ConfigError
+from training.losses import guide
 from training.state import read_averaged
 from training.world import CAPTION_WORDS, FRAMES, SIZE, VOCABULARY
 
@@ -80,8 +81,7 @@ class Guided:
         Args:
             teacher: The model.
             prompts: One per clip.
-            guidance: ``unconditional + guidance * (conditional - unconditional)``, the conventional scale: 1
-                is none, and costs half.
+            guidance: See ``losses.guide``; 1 is none, and costs half.
         """
         self.guidance = guidance
         self._bound = teacher.bind(prompts if guidance == 1 else [*prompts, *[""] * len(prompts)])
@@ -92,7 +92,7 @@ class Guided:
             return self._bound.whole(noisy, sigma)
         both = self._bound.whole(noisy.repeat(2, 1, 1, 1, 1), sigma.repeat(2, 1))
         conditional, unconditional = both.chunk(2)
-        return unconditional + self.guidance * (conditional - unconditional)
+        return guide(conditional, unconditional, self.guidance)
 
 
 @torch.no_grad()
@@ -151,7 +151,7 @@ def causal_trajectory(
         for sigma, following in itertools.pairwise(sigmas):
             velocity, *unguided = bound(state.repeat(doubled, 1, 1, 1, 1), sigma, cache).chunk(doubled)
             if unguided:
-                velocity = unguided[0] + guidance * (velocity - unguided[0])
+                velocity = guide(velocity, unguided[0], guidance)
             state = state + (following - sigma) * velocity
             states.append(state)
         yield states

@@ -19,7 +19,7 @@ INDEX = "prompts.json"
 """Name of the index in the folder of the embeddings."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""Dtypes embeddings are made and kept in, by name."""
+"""Dtypes that settings may choose, by name."""
 
 
 def write_index(cache: TextCache, prompts: Sequence[str], negative: str) -> None:

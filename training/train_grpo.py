@@ -30,7 +30,7 @@ from sfpp_core.student import CausalStudent
 from training import parallel
 from training.config import load
 from training.exam import examine, papers
-from training.grpo_settings import DTYPES, GrpoSettings
+from training.grpo_settings import GrpoSettings
 from training.loop import Pieces, Plan, Trained, run
 from training.models import Model, WanModel, attention_of, geometry_of, load_role
 from training.policy import (
@@ -49,7 +49,7 @@ from training.policy import (
 from training.rewards import make_reward, rate, speeds_of, videos
 from training.samples import roll_samples
 from training.teacher import DemoModel
-from training.texts import Texts
+from training.texts import DTYPES, Texts
 from training.wan_sheets import roll_wan_samples
 from training.world import caption, sample_scene
 

@@ -19,7 +19,7 @@ from sfpp_core.sampler import LongSampler
 from sfpp_core.student import CausalStudent
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training.models import VideoSettings, WanModel, geometry_of, space_of, texts_of
-from training.samples import keep_samples
+from training.samples import in_bytes, keep_samples
 
 logger = logging.getLogger(__name__)
 
@@ -146,4 +146,4 @@ def _small(frames: Tensor) -> Tensor:
     if shrink < 1:
         size = [2 * round(length * shrink / 2) for length in frames.shape[-2:]]
         frames = functional.interpolate(frames.float(), size=size, mode="area")
-    return (frames.float().clamp(0, 1) * 255).round().byte().cpu()
+    return in_bytes(frames)

@@ -4,20 +4,16 @@ import importlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from sfpp_core.config import RolloutSettings
 from training import evaluate
 from training.config import ConfigError, flatten, load
 from training.journal import read_pace
-from training.measuring import stamp
 from training.reproduction.layout import MODULES, Stage, lay_out
 from training.reproduction.settings import MATCHED, ReproduceSettings
-from training.state import FILE, newest
+from training.state import FILE, newest, read_notes
 
 SMOKE = {
     "pairs": ("pairs=4", "batch=2", "steps=4"),
@@ -222,27 +218,6 @@ class Stages:
             raise ConfigError(
                 f"the methods would make different updates of the student: {told}; make them equal."
             )
-
-
-def read_notes(path: Path) -> dict[str, Any]:
-    """Return ``done``, ``seconds`` and ``recipe`` of the saved state of a run, given its ``last.pt``.
-
-    Raises:
-        ConfigError: There is none.
-    """
-    found = newest(path)
-    if found is None:
-        raise ConfigError(f"{path} does not exist; run the stage that writes it first.")
-    if found.is_dir():
-        return json.loads((found / "notes.json").read_text())
-    return _notes_in(found, stamp(found))
-
-
-@lru_cache
-def _notes_in(path: Path, stamp: tuple[int, int]) -> dict[str, Any]:  # noqa: ARG001 - a changed file is read again
-    """Return the notes in a saved state that is one file."""
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return {name: state[name] for name in ("done", "seconds", "recipe")}
 
 
 def _toml(value: Any) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from training.measuring import read_second, stamp
+from training.digests import stamp
+from training.measuring import read_second
 from training.world_metrics import LIMITS, Second, clip_ok
 
 SECONDS = 5

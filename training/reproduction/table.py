@@ -16,7 +16,7 @@ from training.measuring import write_json
 from training.reproduction.layout import LONGER, ODE, PLAIN, PLUS, REINFORCED, Stage
 from training.reproduction.runner import wall_seconds
 from training.reproduction.settings import MATCHED
-from training.reproduction.stages import Stages, read_notes
+from training.reproduction.stages import Stages
 from training.reproduction.summary import (
     DIGITS,
     EXPLAINED,
@@ -26,7 +26,7 @@ from training.reproduction.summary import (
     read_student,
     spread_of,
 )
-from training.state import FILE, newest
+from training.state import FILE, newest, read_notes
 from training.world import FPS, FRAMES
 
 MAIN = (ODE, PLAIN, LONGER, PLUS, REINFORCED)
