@@ -87,8 +87,10 @@ class Start:
     @property
     def kept(self) -> int:
         """Pieces that need not be made any more."""
-        there = isinstance(self.source, Finished) or self.source.kept >= self.source.total_chunks
-        return self.pieces if there else min(self.pieces, self.source.kept)
+        if isinstance(self.source, Finished):
+            return self.pieces
+        kept = self.source.kept  # of a run, the head of every file of it is read for this
+        return self.pieces if kept >= self.source.total_chunks else min(self.pieces, kept)
 
     def chunks(self, *, beside: Sequence[Any] = ()) -> Generator[Tensor]:
         """Yield the start in pieces ``(1, C, T, h, w)`` of the host's latents, generating what is missing."""
