@@ -15,7 +15,7 @@ from sfpp_core.anchor import anchoring
 from sfpp_core.config import RolloutSettings
 from sfpp_core.cues import SOFT, Change
 from sfpp_core.encoder import video_info
-from sfpp_core.errors import SettingsError
+from sfpp_core.errors import GeometryError, SettingsError
 from sfpp_core.geometry import VideoGeometry
 from sfpp_core.run.agreement import Wanted
 from sfpp_core.run.folder import open_run
@@ -218,3 +218,11 @@ def test_a_copied_run_leaves_the_video_of_the_other_alone(files, tmp_path):
     assert cli.main(["generate", "--run", str(copy), "--extend", "0.5", "--quiet"]) == 0
     assert (run / "video.mp4").read_bytes() == before
     assert video_info(copy / "video.mp4").frames == 16
+
+
+def test_a_start_that_leaves_nothing_to_make_is_refused(tmp_path):
+    sampler, geometry = sampler_of(2), geometry_of(2)
+    wanted = Wanted(space="wan2.1", geometry=geometry, decisions={}, request={}, text=str)
+    start = torch.zeros(1, 16, geometry.latent_frames, *geometry.chunk_shape[1:])
+    with open_run(tmp_path / "run", wanted) as run, pytest.raises(GeometryError, match="a longer video"):
+        next(go_on(run, sampler, TEXTS["a"], start=start))

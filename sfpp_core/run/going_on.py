@@ -15,6 +15,7 @@ from torch import Tensor
 from ..cues import Cue, as_cues
 from ..errors import CheckpointError, OutputError
 from ..sampler import LongSampler
+from ..start import check_start
 from ..stretches import Stretch
 from ..student import CausalStudent
 from ..transfers import fetch
@@ -115,12 +116,14 @@ def go_on(
 
     Raises:
         CheckpointError: A chunk was damaged since the run was opened.
+        GeometryError: ``start`` does not fit; see ``check_start``.
         NumericsError: A chunk came out as numbers that are not finite; it is not kept.
         OutputError: The disk is full, or the folder cannot be written to.
     """
     if run.complete:
         return
     found = list(sampler.stretches(as_cues(text)))
+    check_start(start, sampler.geometry, batch=1, channels=sampler.student.config.channels)
     given = 0 if start is None else start.shape[2] // sampler.geometry.chunk
     stretch = _at(found, max(run.kept, given))
     recall = recall_of(run, sampler, stretch, replay=replay)
