@@ -189,8 +189,11 @@ class BoundStudent:
         self._tables: dict[float, Modulation] = {}
         self._turns: tuple[tuple[int, ...], Tensor] | None = None
 
-    def __call__(self, noisy: Tensor, sigma: float, cache: KVCache) -> Tensor:
-        """Return the velocity at ``noisy`` ``(B, C, T, H, W)``, float32; writes the keys to ``cache``."""
+    def __call__(self, noisy: Tensor, sigma: float | Tensor, cache: KVCache) -> Tensor:
+        """Return the velocity at ``noisy`` ``(B, C, T, H, W)``, float32; writes the keys to ``cache``.
+
+        ``sigma`` may be one number for each clip, ``(B,)``.
+        """
         table = self._table(sigma)
         return self._head(self._layers(noisy, table, cache.opened), table, noisy)
 
@@ -216,8 +219,10 @@ class BoundStudent:
         table = self.student.modulation(sigma)
         return self._head(self._layers(noisy, table, WholeClip(mask)), table, noisy)
 
-    def _table(self, sigma: float) -> Modulation:
+    def _table(self, sigma: float | Tensor) -> Modulation:
         """Return the modulation of one sigma, from memory where no gradient is at stake."""
+        if isinstance(sigma, Tensor):
+            return self.student.modulation(sigma.view(-1, 1))
         if torch.is_grad_enabled():
             return self.student.modulation(torch.tensor([[sigma]]))
         if sigma not in self._tables:

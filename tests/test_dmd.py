@@ -62,10 +62,10 @@ def test_a_causal_score_of_a_chunk_knows_the_clean_past_and_nothing_later():
     before = scores.velocity(role, at, CAPTIONS)
     # Chunk 2 given chunks 0 and 1, in one forward under the causal mask: clean past, noisy last chunk.
     seen = torch.cat((clean[:, :, :6], at.noisy[:, :, 6:]), dim=2)
-    sigma = at.sigma.flatten().clone()
-    sigma[:6] = 0
+    sigma = at.sigma.flatten(1).clone()
+    sigma[:, :6] = 0
     mask = causal_mask(9, 6, chunk=3, window=21)
-    whole = role.bind(CAPTIONS).whole(seen, sigma[None], mask=mask)
+    whole = role.bind(CAPTIONS).whole(seen, sigma, mask=mask)
     torch.testing.assert_close(before[:, :, 6:], whole[:, :, 6:], rtol=1e-4, atol=1e-5)
     other = clean.clone()
     other[:, :, 6:] += 1
@@ -73,13 +73,15 @@ def test_a_causal_score_of_a_chunk_knows_the_clean_past_and_nothing_later():
     torch.testing.assert_close(changed, before, rtol=0, atol=0)
 
 
-def test_every_chunk_has_a_sigma_of_its_own_and_every_clip_of_a_bidirectional_batch():
+def test_every_chunk_of_every_clip_has_a_sigma_of_its_own_and_every_clip_of_a_bidirectional_batch():
     clean, generator = tiny.latents(7, batch=2), torch.Generator().manual_seed(0)
     causal = CausalScores(LEVELS, SHAPE).noised(clean, generator).sigma
-    assert causal.shape == (1, 1, 21, 1, 1)
-    chunks = causal.flatten().view(7, 3)
-    assert torch.equal(chunks, chunks[:, :1].expand(7, 3))
-    assert len(chunks[:, 0].unique()) > 3
+    assert causal.shape == (2, 1, 21, 1, 1)
+    chunks = causal.view(14, 3)
+    assert torch.equal(chunks, chunks[:, :1].expand(14, 3))
+    assert len(chunks[:, 0].unique()) > 10  # a few are at the clamp
+    openings = CausalScores(LEVELS, SHAPE).noised(tiny.latents(1, batch=2), generator).sigma
+    assert len(openings.unique()) == 2
     whole = WholeScores(LEVELS).noised(clean, generator).sigma
     assert whole.shape == (2, 1, 1, 1, 1)
     assert all(0.43 <= sigma <= 0.98 for sigma in (*causal.flatten(), *whole.flatten()))

@@ -16,7 +16,7 @@ from sfpp_core.student import BoundStudent
 
 
 def forced_estimates(
-    student: BoundStudent, shape: CacheShape, clean: Tensor, noisy: Tensor, sigmas: Sequence[float]
+    student: BoundStudent, shape: CacheShape, clean: Tensor, noisy: Tensor, sigmas: Sequence[float | Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield velocity and clean estimate of every chunk, each ``(B, C, chunk, H, W)``, oldest first.
 
@@ -25,20 +25,21 @@ def forced_estimates(
         shape: Size of its cache.
         clean: The true clips, ``(B, C, T, H, W)``: what each chunk finds as its past.
         noisy: What is denoised, same shape.
-        sigmas: Share of noise of each chunk.
+        sigmas: Share of noise of each chunk, the same for all clips or ``(B,)``.
     """
     cache, size = GradientKVCache(shape), shape.latent_frames_per_chunk
     pieces = zip(noisy.split(size, dim=2), clean.split(size, dim=2), sigmas, strict=True)
     for chunk, (noisy_chunk, clean_chunk, sigma) in enumerate(pieces):
         cache.open(chunk)
         velocity = student(noisy_chunk, sigma, cache)
-        yield velocity, clean_from_velocity(noisy_chunk, velocity, sigma)
+        share = sigma.view(-1, 1, 1, 1, 1) if isinstance(sigma, Tensor) else sigma
+        yield velocity, clean_from_velocity(noisy_chunk, velocity, share)
         if chunk + 1 < len(sigmas):
             student.remember(clean_chunk, cache)
             cache.close()
 
 
-def spread_sigmas(generator: torch.Generator, chunks: int) -> list[float]:
-    """Return one number in (0, 1) per chunk, spread evenly and in random order."""
-    strata = (torch.arange(chunks) + torch.rand(chunks, generator=generator)) / chunks
-    return strata[torch.randperm(chunks, generator=generator)].tolist()
+def spread_evenly(generator: torch.Generator, count: int) -> list[float]:
+    """Return ``count`` numbers in (0, 1), spread evenly and in random order."""
+    strata = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    return strata[torch.randperm(count, generator=generator)].tolist()

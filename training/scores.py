@@ -22,7 +22,7 @@ from torch import Tensor
 from sfpp_core.kv_cache import CacheShape
 from sfpp_core.schedule import add_noise, clean_from_velocity, warp
 from sfpp_core.student import BoundStudent
-from training.forcing import forced_estimates, spread_sigmas
+from training.forcing import forced_estimates, spread_evenly
 from training.losses import guide
 
 
@@ -60,7 +60,7 @@ class Noised:
     """``(B, C, T, H, W)``."""
 
     sigma: Tensor
-    """``(B, 1, T, 1, 1)``; B and T may be 1."""
+    """``(B, 1, T, 1, 1)``; T may be 1."""
 
     noise: Tensor
     """``(B, C, T, H, W)``."""
@@ -147,18 +147,23 @@ class CausalScores:
         self.levels, self.shape, self.opening = levels, shape, opening
 
     def noised(self, clean: Tensor, generator: torch.Generator) -> Noised:
-        """Return ``clean`` ``(B, C, T, H, W)`` at one random noise level per chunk, spread over the law."""
+        """Return ``clean`` ``(B, C, T, H, W)`` at one random noise level per chunk, spread over the law.
+
+        Every chunk of every clip has a level of its own: what teacher and critic get wrong at one level they
+        get wrong in all clips, and a batch at one level would take it for an exposure to correct.
+        """
         chunk = self.shape.latent_frames_per_chunk
-        uniform = spread_sigmas(generator, clean.shape[2] // chunk)
-        sigma = torch.tensor([self.levels.of(number) for number in uniform]).repeat_interleave(chunk)
-        return _noised(clean, sigma.view(1, 1, -1, 1, 1), generator)
+        chunks = clean.shape[2] // chunk
+        uniform = spread_evenly(generator, len(clean) * chunks)
+        sigma = torch.tensor([self.levels.of(number) for number in uniform]).view(len(clean), 1, chunks, 1, 1)
+        return _noised(clean, sigma.repeat_interleave(chunk, dim=2), generator)
 
     def velocity(self, role: Role, at: Noised, captions: Sequence[str], guidance: float = 1.0) -> Tensor:
         """Return the velocity of ``role``, ``(B, C, T, H, W)``, chunk by chunk over its own memory."""
         doubled = 1 if guidance == 1 else 2
         bound = role.bind(_with_empty(captions, doubled))
-        clean, noisy = (x.repeat(doubled, 1, 1, 1, 1) for x in (at.clean, at.noisy))
-        sigmas = at.sigma.flatten()[:: self.shape.latent_frames_per_chunk].tolist()
+        clean, noisy, sigma = (x.repeat(doubled, 1, 1, 1, 1) for x in (at.clean, at.noisy, at.sigma))
+        sigmas = sigma.flatten(1)[:, :: self.shape.latent_frames_per_chunk].unbind(1)
         made = forced_estimates(bound, self.shape, clean, noisy, sigmas)
         return _guided(torch.cat([velocity for velocity, _ in made], dim=2), doubled, guidance)
 

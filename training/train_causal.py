@@ -24,7 +24,7 @@ from sfpp_core.schedule import add_noise, warp
 from sfpp_core.student import CausalStudent
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training.config import load
-from training.forcing import forced_estimates, spread_sigmas
+from training.forcing import forced_estimates, spread_evenly
 from training.latents import Clips
 from training.loop import LoopSettings, Loss, OptimiserSettings, Plan, Trained, descend, run
 from training.losses import velocity_loss
@@ -90,7 +90,7 @@ def main(settings: CausalSettings) -> None:
 
     def loss_of(clean: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
         chunks = clean.shape[2] // chunk
-        sigmas = [warp(level, settings.shift) for level in spread_sigmas(generator, chunks)]
+        sigmas = [warp(level, settings.shift) for level in spread_evenly(generator, chunks)]
         levels = torch.tensor(sigmas).repeat_interleave(chunk)[None, None, :, None, None]
         noise = torch.randn(clean.shape, generator=generator)
         noisy = add_noise(clean, noise, levels).to(device)
