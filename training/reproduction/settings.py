@@ -46,6 +46,10 @@ class ReproduceSettings:
     equal_time: bool = True
     """Train Self-Forcing a second time, for as long as Self-Forcing++ took."""
 
+    time_ratio: float = 0.0
+    """Time of an update of Self-Forcing++ over that of one of Self-Forcing, from which the length of the second
+    run follows. 0 takes it from their logs, which other work on the machine falsifies."""
+
     grpo: bool = False
     """Reinforce the students of Self-Forcing++."""
 
@@ -96,6 +100,10 @@ class ReproduceSettings:
         if not self.horizons or min(self.horizons) < 1:
             raise ConfigError(
                 f"horizons is {list(self.horizons)}; name at least one, from 1, e.g. [1, 10, 50]."
+            )
+        if not self.time_ratio >= 0:
+            raise ConfigError(
+                f"time_ratio is {self.time_ratio}; it must be 0, to take it from the logs, or more, e.g. 1.4."
             )
         if missing := sorted(set(self.ablation_seeds) - set(self.seeds)):
             raise ConfigError(

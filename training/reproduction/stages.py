@@ -174,7 +174,9 @@ class Stages:
 
     def _updates_by(self, timed: str, paced: str) -> int:
         """Return the updates that the run ``paced`` would make in the time the run ``timed`` took."""
-        paces = []
+        done, paces = read_notes(self.result(timed))["done"], []
+        if self.settings.time_ratio:
+            return max(1, round(done * self.settings.time_ratio))
         for name in (timed, paced):
             pace = read_pace(self.folder(name))
             if pace is None:
@@ -183,7 +185,7 @@ class Stages:
                     "equal time follows; give a run with its log.jsonl, or set equal_time=false."
                 )
             paces.append(pace)
-        return max(1, round(read_notes(self.result(timed))["done"] * paces[0] / paces[1]))
+        return max(1, round(done * paces[0] / paces[1]))
 
     def _check_given(self) -> None:
         """Refuse results of unknown stages, and those that are not there."""
