@@ -77,7 +77,7 @@ def never(words, log, threads):
 
 def test_one_command_leads_to_tables_plots_and_sheets(given, tmp_path, monkeypatch):
     monkeypatch.setattr(train_dmd, "roll_samples", lambda *_, **__: {})
-    settings = settings_of(given, tmp_path, "captions=3")
+    settings = settings_of(given, tmp_path, "captions=3", "time_ratio=0")
     reproduce.main(settings, launch=inside)
     table = (tmp_path / "table.md").read_text()
     for method in (ODE, PLAIN, LONGER, PLUS, f"{PLUS}: beta_1_2"):
@@ -92,6 +92,8 @@ def test_one_command_leads_to_tables_plots_and_sheets(given, tmp_path, monkeypat
     took, pace = logs["self_forcing_plus-0"]["seconds"], logs["self_forcing-0"]["seconds"] / 3
     longer = read_notes(tmp_path / "self_forcing_longer-0" / "last.pt")
     assert longer["done"] == max(1, round(took / pace))
+    stages = Stages(replace(settings, time_ratio=1.4))
+    assert "loop.iterations=4" in stages.arguments(stages.by_name["self_forcing_longer-0"])  # of 3 updates
 
     reproduce.main(settings, launch=never)
     (tmp_path / "evaluate-ode" / "seconds.json").unlink()
@@ -135,6 +137,7 @@ def test_only_existing_students_can_be_measured(given, tmp_path):
     [
         ("jobs=0", "jobs is 0; it must be at least 1"),
         ("horizons=[]", "name at least one"),
+        ("time_ratio=-1", "time_ratio is -1"),
         ("ablation_seeds=[7]", "ablation_seeds has 7, which is none of seeds"),
         ("given.tutor=x", "unknown stage 'tutor'; known stages: .*self_forcing-0"),
         ("given.pairs=x", "pairs is given as x, which does not exist"),

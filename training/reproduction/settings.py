@@ -47,8 +47,8 @@ class ReproduceSettings:
     """Train Self-Forcing a second time, for as long as Self-Forcing++ took."""
 
     time_ratio: float = 0.0
-    """Time of an update of Self-Forcing++ over that of one of Self-Forcing, from which the length of the second
-    run follows. 0 takes it from their logs, which other work on the machine falsifies."""
+    """Time of an update of Self-Forcing++ over that of one of Self-Forcing, from which the length of the
+    second run follows. 0 takes it from their logs, which other work on the machine falsifies."""
 
     grpo: bool = False
     """Reinforce the students of Self-Forcing++."""
