@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from sfpp_core.config import StudentConfig
@@ -18,6 +19,7 @@ from sfpp_core.tiny_autoencoder import AutoencoderConfig, TinyAutoencoder
 from training import train_dmd
 from training.config import ConfigError, load
 from training.first_latent import as_clips
+from training.latents import Clips
 from training.losses import guide
 from training.matching import Shown
 from training.parallel import Pieces
@@ -256,6 +258,15 @@ def runs(tmp_path_factory):
     return folder / "last.pt"
 
 
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Return a file of clips as the teacher's stage leaves it."""
+    path = tmp_path_factory.mktemp("clips") / "latents.safetensors"
+    latents = torch.randn(3, 16, 21, 8, 8, generator=torch.Generator().manual_seed(0))
+    save_file({"latents": latents.half()}, path, metadata={"seed": "0"})
+    return path
+
+
 def settings_of(runs, out, *overrides):
     """Return the shipped settings with small sizes."""
     autoencoder().save(out / "autoencoder.safetensors")
@@ -276,6 +287,8 @@ VARIANTS = {
     "self-forcing": ["horizon=6"],
     "streaming": ["streaming=true", "critic_updates=2", "overlap=3", "first_latent=mask"],
     "whole segments": ["clips=[]", "critic_updates=1"],
+    "noisy past": ["rollout.context_sigma=0.1", "rollout.window=9"],
+    "true past": ["past=data", "horizon=6", "at_zero=0.5"],
     "literal": ["backward_noise=finished", "first_latent=reencode", "last_step_only=true", "beta=[1, 2]"],
     "bidirectional": ["scores=bidirectional", "checkpointing=true", "at_zero=0"],
 }
@@ -283,14 +296,15 @@ VARIANTS = {
 
 @pytest.mark.usefixtures("without_sheets")
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_ten_updates_equal_four_and_a_kill_and_six(runs, tmp_path, variant):
+def test_ten_updates_equal_four_and_a_kill_and_six(runs, clips, tmp_path, variant):
     states = []
+    given = [f"latents={clips}"] if variant == "true past" else []
     for name, stops in (("whole", [10]), ("parts", [4, 10])):
         (tmp_path / name).mkdir()
         for stop in stops:
             # A run of 4 that goes on to 10 has the rates of its own length, so the rate must not fall.
             rates = ["student.hold=1.0", "critic.hold=1.0", f"loop.iterations={stop}"]
-            main(settings_of(runs, tmp_path / name, *VARIANTS[variant], *rates))
+            main(settings_of(runs, tmp_path / name, *VARIANTS[variant], *given, *rates))
         states.append(torch.load(tmp_path / name / "last.pt", weights_only=True))
     for part in ("model", "critic"):
         for key, value in states[0][part]["module"].items():
@@ -309,6 +323,60 @@ def test_the_segment_is_a_function_of_seed_and_piece(runs, tmp_path):
     torch.testing.assert_close(one.clean, again.clean, rtol=0, atol=0)
     assert one.captions == again.captions
     assert (one.clean - other.clean).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(("window", "chunks"), [(21, 6), (9, 2), (24, 7)])
+def test_a_true_past_fills_the_window_but_for_a_chunk_with_the_clip_that_the_caption_tells_of(
+    runs, clips, tmp_path, window, chunks, monkeypatch
+):
+    changed = ["past=data", f"latents={clips}", "horizon=6", "at_zero=0", f"rollout.window={window}"]
+    settings = settings_of(runs, tmp_path, *changed)
+    roles = load_roles(settings, autoencoder(), torch.device("cpu"))
+    seen = []
+    roll = roles.roll
+
+    def watched(captions, noise, segment, *rest, past):
+        seen.append((segment.start, past))
+        return roll(captions, noise, segment, *rest, past=past)
+
+    monkeypatch.setattr(roles, "roll", watched)
+    with torch.no_grad():
+        shown, _ = Rollouts(settings, roles, Pieces(batch=2, effective=2)).next(3)
+    wanted, captions, _ = Clips(clips, seed=settings.loop.seed + 2).batch(3, 2)
+    (start, past), each = seen[0], len(shown.captions) // 2
+    assert start == chunks
+    assert torch.equal(past, wanted[:, :, : 3 * chunks])
+    assert list(shown.captions) == [text for text in captions for _ in range(each)]
+
+
+def test_a_share_of_the_videos_with_a_true_past_begins_without_one(runs, clips, tmp_path, monkeypatch):
+    settings = settings_of(runs, tmp_path, "past=data", f"latents={clips}", "horizon=6", "at_zero=0.5")
+    roles = load_roles(settings, autoencoder(), torch.device("cpu"))
+    starts = []
+    monkeypatch.setattr(roles, "roll", lambda *given, past: starts.append((given[2].start, past is None)))
+    rollouts = Rollouts(settings, roles, Pieces(batch=2, effective=2))
+    for piece in range(12):
+        rollouts.next(piece)
+    assert set(starts) == {(0, True), (6, False)}
+
+
+@pytest.mark.parametrize("changed", ["rollout.window=6", "rollout.sink=3"])
+def test_teacher_and_critic_see_the_whole_segment_whatever_the_student_sees(runs, tmp_path, changed):
+    sizes = ["segment=9", "clips=[]", "horizon=9"]
+    plain, short = (
+        load_roles(settings_of(runs, tmp_path, *sizes, *more), autoencoder(), torch.device("cpu"))
+        for more in ([], [changed])
+    )
+    assert short.shape != plain.shape
+    assert short.scores.shape.past(2) == [0, 1]
+    clean = torch.randn(2, 16, 9, 8, 8, generator=torch.Generator().manual_seed(0))
+    at = plain.scores.noised(clean, torch.Generator().manual_seed(1))
+    for role in (short.teacher, short.critic):
+        asked = [
+            roles.scores.velocity(role.float(), at, ["a red circle moves up fast", ""])
+            for roles in (plain, short)
+        ]
+        torch.testing.assert_close(*asked, rtol=0, atol=0)
 
 
 def test_the_overall_weights_reach_both_losses(runs, tmp_path):
@@ -351,6 +419,23 @@ def test_the_overall_weights_reach_both_losses(runs, tmp_path):
         (["scores=bidirectional", "opening=2"], "opening is 2.0, and bidirectional scores judge a segment"),
         ("overlap=6", "overlap is 6; it must be below the segment, 6"),
         ("beta=[1]", "beta is \\[1\\]; it must be two numbers above 0"),
+        ("past=true clips", "past is 'true clips'; use one of own, data"),
+        ("latents=x", "latents is x, and past is 'own', which reads no clips; set past to 'data'"),
+        (["past=data", "horizon=6"], "past is 'data', and latents is empty; name the file of clips"),
+        (
+            ["past=data", "latents=x"],
+            "so nothing is rolled out before a segment: set horizon to the segment, 6",
+        ),
+        (
+            ["past=data", "latents=x", "horizon=6", "streaming=true"],
+            "horizon to the segment, 6, and streaming",
+        ),
+        (
+            ["past=data", "latents=x", "horizon=6", "rollout.window=27"],
+            "rollout.window is 27; a past of true clips, 21 latent frames long, fills a window from 6 to 24",
+        ),
+        (["past=data", "video.prompts=x"], "past is 'data', which is clips of the demo's world; for Wan"),
+        ("rollout.context_sigma=1", "context_sigma is 1; it must be from 0 to below 1"),
     ],
 )
 def test_impossible_settings_are_refused(runs, tmp_path, override, message):

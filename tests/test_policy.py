@@ -103,8 +103,8 @@ def test_the_trace_makes_every_state_again_to_the_bit():
             seen.append(noisy)
             return self.student(noisy, sigma, cache)
 
-        def remember(self, clean, cache):
-            self.student.remember(clean, cache)
+        def remember(self, clean, cache, *, sigma=0.0):
+            self.student.remember(clean, cache, sigma=sigma)
 
     trace = record(Watched(), NOISE, SCHEDULE, SHAPE, chunks=5, like=LIKE)
     again = [trace.noisy(chunk, step) for chunk in range(5) for step in range(4)]
