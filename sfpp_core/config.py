@@ -107,6 +107,9 @@ class RolloutSettings:
     """Latent frames a window shares with the one before, if each starts anew, as in CausVid. 0: one window
     rolls, and nothing is ever computed again."""
 
+    context_sigma: float = 0.0
+    """Share of noise, from 0 to below 1, under which the past is remembered."""
+
     def __post_init__(self) -> None:
         if self.chunk < 1:
             raise SettingsError(f"chunk is {self.chunk} latent frames; it must be at least 1.")
@@ -166,11 +169,10 @@ class RolloutSettings:
         """Return the noise levels of one chunk.
 
         Raises:
-            SettingsError: ``sigmas`` do not fall from 1, or reach 0.
+            SettingsError: ``sigmas`` do not fall from 1, or reach 0; or ``context_sigma`` cannot be.
         """
-        if self.sigmas:
-            return FewStepSchedule(self.sigmas)
-        return FewStepSchedule.uniform(self.steps, shift=self.shift)
+        sigmas = self.sigmas or FewStepSchedule.uniform(self.steps, shift=self.shift).sigmas
+        return FewStepSchedule(sigmas, context_sigma=self.context_sigma)
 
     @property
     def window_chunks(self) -> int:
@@ -189,8 +191,11 @@ class RolloutSettings:
 
 
 def to_table(settings: StudentConfig | RolloutSettings) -> dict[str, Any]:
-    """Return ``settings`` as a table for JSON or TOML."""
-    return asdict(settings)
+    """Return ``settings`` as a table for JSON or TOML; ``context_sigma`` only where it is above 0.
+
+    Without it, who does not know the setting can read the others, and tells the same rollout by them.
+    """
+    return {name: value for name, value in asdict(settings).items() if name != "context_sigma" or value}
 
 
 def from_table(kind: type[T], table: dict[str, Any], *, where: str) -> T:

@@ -69,7 +69,7 @@ def load(planned: Plan) -> Loaded:
         device=planned.device,
         storage=planned.request.storage,
         restart=_restart(planned, decoder),
-        context_sigma=planned.request.context_sigma,
+        context_sigma=planned.request.context_sigma or None,
         finish=anchoring(planned.request.anchor),
     )
     return Loaded(sampler=sampler, cues=cues, decoder=decoder, start=start)

@@ -92,7 +92,7 @@ class Request:
     """Strength, 0 to 1, of what pulls colour and contrast towards the first seconds; see ``anchor``."""
 
     context_sigma: float = 0.0
-    """See ``LongSampler``."""
+    """Share of noise under which the past is remembered; 0 leaves it to the student."""
 
     run: Path | None = None
     """Folder of the run this is to be; ``None`` makes a video alone."""

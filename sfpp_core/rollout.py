@@ -24,8 +24,8 @@ class Student(Protocol):
         """Return the velocity at ``noisy`` ``(B, C, T, H, W)``, writing its keys to ``cache``."""
         ...
 
-    def remember(self, clean: Tensor, cache: KVCache) -> None:
-        """Write the keys of ``clean`` ``(B, C, T, H, W)`` as the past that later chunks see."""
+    def remember(self, clean: Tensor, cache: KVCache, *, sigma: float = 0.0) -> None:
+        """Write the keys of ``clean`` ``(B, C, T, H, W)``, at ``sigma``, as the past of later chunks."""
         ...
 
 
@@ -70,6 +70,35 @@ def denoise_chunk(
     return clean_from_velocity(noisy, student(noisy, sigma, cache), sigma)
 
 
+def remember(
+    student: Student,
+    clean: Tensor,
+    noise: NoiseSource,
+    schedule: FewStepSchedule,
+    cache: KVCache,
+    *,
+    chunk: int,
+) -> None:
+    """Remember the chunk that is open in ``cache`` as the past, and close it.
+
+    Args:
+        student: Velocity model.
+        clean: What the chunk became, ``(B, C, T, H, W)``, without a gradient.
+        noise: Source of the noise on it, if the past is remembered under noise.
+        schedule: Says under how much.
+        cache: Memory with this chunk open.
+        chunk: What ``noise`` calls the chunk.
+    """
+    if not schedule.context_sigma:
+        student.remember(clean, cache)
+    else:
+        sigma = schedule.context_sigma
+        # The step after the last: noise that no step has used.
+        fresh = noise.draw(tuple(clean.shape), chunk=chunk, step=len(schedule.sigmas), like=clean)
+        student.remember(add_noise(clean, fresh, sigma), cache, sigma=sigma)
+    cache.close()
+
+
 def rollout(
     student: Student,
     noise: NoiseSource,
@@ -108,6 +137,5 @@ def rollout(
             clean = finish(chunk, clean)
         yield clean
         if keep_last or chunk + 1 < chunks:
-            # The past is remembered clean, not as it was denoised.
-            student.remember(clean.detach(), cache)
-            cache.close()
+            # The past is remembered as it came out, not as it was denoised.
+            remember(student, clean.detach(), noise, schedule, cache, chunk=chunk)

@@ -14,13 +14,13 @@ from .config import RolloutSettings
 from .cues import Cue, Voice, as_cues
 from .errors import NumericsError, SettingsError
 from .geometry import VideoGeometry
-from .kv_cache import KVCache, RollingKVCache
+from .kv_cache import RollingKVCache
 from .noise import ChunkNoise
-from .rollout import Finish, Student, rollout
-from .schedule import add_noise
+from .rollout import Finish, remember, rollout
+from .schedule import FewStepSchedule, check_context_sigma
 from .start import check_start, given_chunks
 from .stretches import Stretch, stretches
-from .student import BoundStudent, CausalStudent
+from .student import CausalStudent
 from .transfers import fetch
 
 
@@ -57,8 +57,9 @@ class LongSampler:
     """With an overlap: makes the latents ``(B, C, overlap, H, W)`` a window begins with from all of the
     window before, ``(B, C, window, H, W)``. ``None`` takes its last ones as they are."""
 
-    context_sigma: float = 0.0
-    """Share of noise, from 0 to below 1, under which the past is remembered. Students are trained with 0."""
+    context_sigma: float | None = None
+    """Share of noise, from 0 to below 1, under which the past is remembered; ``None`` is that of the
+    settings, which the student was trained with."""
 
     finish: Finish | None = None
     """Maps each clean chunk, given its number in the video, before it is yielded and remembered. Given chunks
@@ -70,7 +71,8 @@ class LongSampler:
                 f"geometry has chunks of {self.geometry.chunk} latent frames and the settings of "
                 f"{self.settings.chunk}; build both with the same chunk."
             )
-        check_context_sigma(self.context_sigma)
+        if self.context_sigma is not None:
+            check_context_sigma(self.context_sigma)
 
     @torch.inference_mode()
     def chunks(
@@ -157,13 +159,14 @@ class LongSampler:
 
         What is kept from before is heard as the first chunk of the stretch is.
         """
+        schedule = self._schedule()
         cache.reset(skipped=stretch.skipped(cache.shape))
         for number, clean in enumerate(past, start=cache.next):
             cache.open(number)
             heard = max(stretch.begin, stretch.offset + number)
-            student = self._student(voice.at(heard), stretch)
-            student.remember(clean.to(self.device, torch.float32), cache)
-            cache.close()
+            chunk = number if number < 0 else stretch.chunk(number)
+            clean = clean.to(self.device, torch.float32)
+            remember(voice.at(heard), clean, ChunkNoise(self.seed), schedule, cache, chunk=chunk)
 
     def _make(
         self, stretch: Stretch, done: int, voice: Voice, cache: RollingKVCache, like: Tensor
@@ -174,9 +177,9 @@ class LongSampler:
         while done < stretch.stop:
             until = voice.until(done, stretch.stop)
             yield from rollout(
-                self._student(voice.at(done), stretch),
+                voice.at(done),
                 noise,
-                self.settings.schedule(),
+                self._schedule(),
                 cache,
                 chunks=until - offset,
                 like=like,
@@ -186,11 +189,12 @@ class LongSampler:
             )
             done = until
 
-    def _student(self, bound: BoundStudent, stretch: Stretch) -> Student:
-        """Return ``bound``, which remembers under noise if it shall."""
-        if not self.context_sigma:
-            return bound
-        return _Blurred(bound, self.context_sigma, ChunkNoise(self.seed), self.settings.steps, stretch)
+    def _schedule(self) -> FewStepSchedule:
+        """Return the noise levels of one chunk, and that of the past."""
+        schedule = self.settings.schedule()
+        if self.context_sigma is None:
+            return schedule
+        return replace(schedule, context_sigma=self.context_sigma)
 
     def _hold(self, held: dict[int, Tensor], chunk: int, clean: Tensor, stretch: Stretch) -> None:
         """Keep ``chunk`` in ``held``, and let go of what no memory will begin with."""
@@ -199,38 +203,6 @@ class LongSampler:
         oldest = chunk - 2 * self.settings.window_chunks
         for old in [old for old in held if old < oldest and old not in sink]:
             del held[old]
-
-
-def check_context_sigma(sigma: float) -> None:
-    """Refuse a noise of the past that cannot be.
-
-    Raises:
-        SettingsError: It is not from 0 to below 1.
-    """
-    if not 0 <= sigma < 1:
-        raise SettingsError(f"context_sigma is {sigma:g}; it must be from 0 to below 1, e.g. 0 or 0.1.")
-
-
-@dataclass(frozen=True, slots=True)
-class _Blurred:
-    """A student that remembers chunks under noise: a function of seed and chunk, as all noise is."""
-
-    bound: BoundStudent
-    sigma: float
-    noise: ChunkNoise
-    step: int
-    stretch: Stretch
-
-    def __call__(self, noisy: Tensor, sigma: float, cache: KVCache) -> Tensor:
-        """Return the velocity at ``noisy``."""
-        return self.bound(noisy, sigma, cache)
-
-    def remember(self, clean: Tensor, cache: KVCache) -> None:
-        """Write the keys of ``clean`` with noise on it."""
-        assert isinstance(cache, RollingKVCache)
-        chunk = cache.next if cache.next < 0 else self.stretch.chunk(cache.next)
-        fresh = self.noise.draw(tuple(clean.shape), chunk=chunk, step=self.step, like=clean)
-        self.bound.remember(add_noise(clean, fresh, self.sigma), cache, sigma=self.sigma)
 
 
 def _with_lead(opening: Sequence[Tensor], chunk: int, clean: Tensor) -> Tensor:

@@ -26,14 +26,28 @@ def clean_from_velocity(noisy: Tensor, velocity: Tensor, sigma: float | Tensor) 
     return noisy - sigma * velocity
 
 
+def check_context_sigma(sigma: float) -> None:
+    """Refuse a noise of the past that cannot be.
+
+    Raises:
+        SettingsError: It is not from 0 to below 1.
+    """
+    if not 0 <= sigma < 1:
+        raise SettingsError(f"context_sigma is {sigma:g}; it must be from 0 to below 1, e.g. 0 or 0.1.")
+
+
 @dataclass(frozen=True, slots=True)
 class FewStepSchedule:
-    """Noise levels visited while one chunk is denoised, largest first."""
+    """Noise levels visited while one chunk is denoised, largest first, and the one it is remembered at."""
 
     sigmas: tuple[float, ...]
     """Strictly decreasing, first 1. Never contains 0: the last estimate is the result."""
 
+    context_sigma: float = 0.0
+    """Share of noise, from 0 to below 1, under which the past is remembered."""
+
     def __post_init__(self) -> None:
+        check_context_sigma(self.context_sigma)
         falling = all(a > b for a, b in zip(self.sigmas, self.sigmas[1:], strict=False))
         if not self.sigmas or self.sigmas[0] != 1 or self.sigmas[-1] <= 0 or not falling:
             raise SettingsError(f"sigmas must fall from 1 and stay above 0, got {self.sigmas}.")

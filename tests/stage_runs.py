@@ -12,10 +12,9 @@ import sys
 from pathlib import Path
 
 import torch
+from tiny_runs import write_run
 
-from sfpp_core.config import StudentConfig
 from training.config import load
-from training.teacher import DemoModel
 
 ROOT = Path(__file__).parent.parent
 AUTOENCODER = f"autoencoder={ROOT / 'sfpp_core/demo/autoencoder.safetensors'}"
@@ -39,14 +38,8 @@ STAGES = {
 
 def plant():
     """Write a small random model where every stage from the pairs on looks for those before it."""
-    torch.manual_seed(0)
-    model = DemoModel(StudentConfig(dim=128, ffn_dim=32, heads=1, layers=1, text_dim=8, text_length=16))
-    torch.nn.init.normal_(model.network.head.head.weight, std=0.05)
-    averaged = {f"module.{name}": value for name, value in model.state_dict().items()}
     for name in ("teacher", "causal", "ode", "self_forcing"):
-        path = Path("runs/smoke", name, "last.pt")
-        path.parent.mkdir(parents=True)
-        torch.save({"model": {"averaged": averaged}}, path)
+        write_run(Path("runs/smoke", name, "last.pt"))
 
 
 class PowerFailureError(BaseException):

@@ -25,9 +25,16 @@ def test_every_preset_has_head_dim_128():
     assert {config.head_dim for config in (WAN_1_3B, WAN_14B, DEMO)} == {128}
 
 
-@pytest.mark.parametrize("settings", [WAN_1_3B, RolloutSettings(window=12, sink=3)])
+@pytest.mark.parametrize(
+    "settings", [WAN_1_3B, RolloutSettings(window=12, sink=3), RolloutSettings(context_sigma=0.1)]
+)
 def test_settings_survive_a_table(settings):
     assert from_table(type(settings), to_table(settings), where="here") == settings
+
+
+def test_a_table_names_the_noise_on_the_past_only_where_there_is_some():
+    assert "context_sigma" not in to_table(RolloutSettings())
+    assert to_table(RolloutSettings(context_sigma=0.1))["context_sigma"] == 0.1
 
 
 def test_unknown_and_missing_keys_are_named():
@@ -48,6 +55,7 @@ def test_unknown_and_missing_keys_are_named():
         ({"steps": 0}, "steps is 0; it must be from 1 to 100"),
         ({"shift": 0.0}, "shift is 0.0; it must be above 0"),
         ({"chunk": 0}, "chunk is 0"),
+        ({"context_sigma": 1.0}, "context_sigma is 1; it must be from 0 to below 1"),
         ({"sink_positions": "floating"}, "sink_positions is 'floating'; use 'absolute' or 'relative'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -292,6 +293,14 @@ def test_the_past_can_be_remembered_under_noise():
         assert equal(made(run, cues, past=whole[:6]), whole[6:])
     with pytest.raises(SettingsError, match=r"context_sigma is 1; it must be from 0 to below 1"):
         sampler(context_sigma=1.0)
+
+
+def test_the_noise_on_the_past_is_the_students_unless_another_is_asked_for():
+    asked, geometry = made(sampler(context_sigma=0.1), A), sampler().geometry
+    settings = RolloutSettings(window=9, steps=2, context_sigma=0.1)
+    own = LongSampler(student=tiny.student(), geometry=geometry, settings=settings)
+    assert equal(made(own, A), asked)
+    assert equal(made(replace(own, context_sigma=0.0), A), made(sampler(), A))
 
 
 def test_chunks_can_be_mapped_before_they_are_shown_and_remembered():

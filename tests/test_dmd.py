@@ -6,25 +6,22 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from torch import nn
+from tiny_runs import autoencoder, write_clips, write_run
 
-from sfpp_core.config import StudentConfig
 from sfpp_core.kv_cache import CacheShape, RollingKVCache
 from sfpp_core.noise import ChunkNoise
 from sfpp_core.rollout import rollout
 from sfpp_core.schedule import FewStepSchedule
 from sfpp_core.student import CausalStudent, causal_mask
-from sfpp_core.tiny_autoencoder import AutoencoderConfig, TinyAutoencoder
 from training import train_dmd
 from training.config import ConfigError, load
 from training.first_latent import as_clips
+from training.latents import Clips
 from training.losses import guide
 from training.matching import Shown
 from training.parallel import Pieces
 from training.scores import CausalScores, Levels, Noised, WholeScores
-from training.segments import Rolled
 from training.streaming import Stream, StreamLaw
-from training.teacher import DemoModel
 from training.train_dmd import DmdSettings, Rollouts, load_roles, main, park
 
 CONFIGS = Path(__file__).parent.parent / "training" / "configs"
@@ -112,68 +109,6 @@ def test_the_noised_copy_carries_no_gradient_and_the_velocity_does():
     assert all(parameter.grad is not None for parameter in role.net.parameters())
 
 
-def autoencoder():
-    torch.manual_seed(0)
-    net = TinyAutoencoder(AutoencoderConfig())
-    return net.eval().requires_grad_(False)
-
-
-CLEAN = torch.randn(1, 16, 6, 8, 8)
-BEFORE = torch.randn(1, 16, 6, 8, 8)
-
-
-def test_a_segment_from_the_start_of_a_video_is_a_clip_already():
-    rolled = Rolled(clean=CLEAN, before=CLEAN[:, :, :0])
-    for handling in ("keep", "mask", "reencode"):
-        clean, mask = as_clips(rolled, handling, autoencoder(), masked=3, length=6)
-        assert torch.equal(clean, CLEAN)
-        assert mask is None
-
-
-def test_a_later_segment_is_kept_masked_or_begins_with_a_picture():
-    rolled = Rolled(clean=CLEAN.clone().requires_grad_(True), before=BEFORE)
-    pictures = autoencoder()
-    clean, mask = as_clips(rolled, "keep", pictures, masked=3, length=6)
-    assert torch.equal(clean, rolled.clean)
-    assert mask is None
-    clean, mask = as_clips(rolled, "mask", pictures, masked=3, length=6)
-    assert mask.flatten(1).tolist() == [[0, 0, 0, 1, 1, 1]] * len(CLEAN)
-    clean, mask = as_clips(rolled, "reencode", pictures, masked=1, length=6)
-    assert mask.flatten(1).tolist() == [[0, 1, 1, 1, 1, 1]] * len(CLEAN)
-    torch.testing.assert_close(clean[:, :, 1:], CLEAN[:, :, 1:], rtol=0, atol=0)
-    frame = pictures.decode(torch.cat((BEFORE, CLEAN[:, :, :1]), dim=2))[:, -1:]
-    torch.testing.assert_close(clean[:, :, :1], pictures.encode(frame))
-    clean.sum().backward()
-    assert rolled.clean.grad[:, :, 0].abs().max() == 0
-
-
-def test_a_segment_is_cut_into_clips_that_each_begin_with_a_picture():
-    rolled, pictures = Rolled(clean=CLEAN, before=BEFORE), autoencoder()
-    clips, mask = as_clips(rolled, "reencode", pictures, masked=1, length=3)
-    assert clips.shape == (2 * len(CLEAN), *CLEAN.shape[1:2], 3, *CLEAN.shape[3:])
-    assert mask.flatten(1).tolist() == [[0, 1, 1]] * len(clips)
-    for clip, begin in enumerate((0, 3)):
-        cut = Rolled(clean=CLEAN[:, :, begin : begin + 3], before=torch.cat((BEFORE, CLEAN[:, :, :begin]), 2))
-        alone, _ = as_clips(cut, "reencode", pictures, masked=1, length=3)
-        torch.testing.assert_close(clips[clip::2], alone)
-
-
-def test_only_the_clip_that_opens_the_video_has_its_picture_already():
-    rolled = Rolled(clean=CLEAN, before=CLEAN[:, :, :0])
-    clips, mask = as_clips(rolled, "reencode", autoencoder(), masked=1, length=3)
-    assert torch.equal(clips[::2], CLEAN[:, :, :3])
-    assert mask.flatten(1).tolist() == [[1, 1, 1], [0, 1, 1]] * len(CLEAN)
-
-
-def test_two_chunks_before_are_enough_to_show_a_latent_frame():
-    """The decoder's memory reaches no further back than what is kept before a segment."""
-    pictures, video = autoencoder(), torch.randn(1, 16, 13, 8, 8)
-    whole = pictures.decode(video)[:, -1]
-    pictures.reset()
-    short = pictures.decode(video[:, :, -7:])[:, -1]
-    torch.testing.assert_close(short, whole, rtol=1e-4, atol=1e-5)
-
-
 def stream_segments(stream, turns, *, first=0):
     """Return the next segments of a stream, as the tiny role rolls them; turn i would begin video i."""
     role, like, made = Role(), torch.zeros(2, 16, 3, 4, 6), []
@@ -247,13 +182,14 @@ def test_a_stream_that_is_parked_between_its_turns_is_the_same_video():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Return the folder of a model as a stage leaves it."""
-    folder = tmp_path_factory.mktemp("runs")
-    model = DemoModel(StudentConfig(dim=128, ffn_dim=32, heads=1, layers=1, text_dim=8, text_length=16))
-    nn.init.normal_(model.network.head.head.weight, std=0.05)
-    averaged = {f"module.{name}": value for name, value in model.state_dict().items()}
-    torch.save({"model": {"averaged": averaged}}, folder / "last.pt")
-    return folder / "last.pt"
+    """Return the saved state of a run."""
+    return write_run(tmp_path_factory.mktemp("runs") / "last.pt")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Return a file of clips as the teacher's stage leaves it."""
+    return write_clips(tmp_path_factory.mktemp("clips") / "latents.safetensors")
 
 
 def settings_of(runs, out, *overrides):
@@ -275,7 +211,8 @@ VARIANTS = {
     "two pieces": ["streaming=true", "horizon=9", "loop.effective_batch=4"],
     "self-forcing": ["horizon=6"],
     "streaming": ["streaming=true", "critic_updates=2", "overlap=3", "first_latent=mask"],
-    "whole segments": ["clips=[]", "critic_updates=1"],
+    "whole segments": ["clips=[]", "critic_updates=1", "rollout.context_sigma=0.1"],
+    "true past": ["past=data", "horizon=6", "at_zero=0.5"],
     "literal": ["backward_noise=finished", "first_latent=reencode", "last_step_only=true", "beta=[1, 2]"],
     "bidirectional": ["scores=bidirectional", "checkpointing=true", "at_zero=0"],
 }
@@ -283,14 +220,15 @@ VARIANTS = {
 
 @pytest.mark.usefixtures("without_sheets")
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_ten_updates_equal_four_and_a_kill_and_six(runs, tmp_path, variant):
+def test_ten_updates_equal_four_and_a_kill_and_six(runs, clips, tmp_path, variant):
     states = []
+    given = [f"latents={clips}"] if variant == "true past" else []
     for name, stops in (("whole", [10]), ("parts", [4, 10])):
         (tmp_path / name).mkdir()
         for stop in stops:
             # A run of 4 that goes on to 10 has the rates of its own length, so the rate must not fall.
             rates = ["student.hold=1.0", "critic.hold=1.0", f"loop.iterations={stop}"]
-            main(settings_of(runs, tmp_path / name, *VARIANTS[variant], *rates))
+            main(settings_of(runs, tmp_path / name, *VARIANTS[variant], *given, *rates))
         states.append(torch.load(tmp_path / name / "last.pt", weights_only=True))
     for part in ("model", "critic"):
         for key, value in states[0][part]["module"].items():
@@ -311,11 +249,65 @@ def test_the_segment_is_a_function_of_seed_and_piece(runs, tmp_path):
     assert (one.clean - other.clean).abs().max() > 0.01
 
 
+@pytest.mark.parametrize(("window", "chunks"), [(21, 6), (9, 2), (24, 7)])
+def test_a_true_past_fills_the_window_but_for_a_chunk_with_the_clip_that_the_caption_tells_of(
+    runs, clips, tmp_path, window, chunks, monkeypatch
+):
+    changed = ["past=data", f"latents={clips}", "horizon=6", "at_zero=0", f"rollout.window={window}"]
+    settings = settings_of(runs, tmp_path, *changed)
+    roles = load_roles(settings, autoencoder(), torch.device("cpu"))
+    seen = []
+    roll = roles.roll
+
+    def watched(captions, noise, segment, *rest, past):
+        seen.append((segment.start, past))
+        return roll(captions, noise, segment, *rest, past=past)
+
+    monkeypatch.setattr(roles, "roll", watched)
+    with torch.no_grad():
+        shown, _ = Rollouts(settings, roles, Pieces(batch=2, effective=2)).next(3)
+    wanted, captions, _ = Clips(clips, seed=settings.loop.seed + 2).batch(3, 2)
+    (start, past), each = seen[0], len(shown.captions) // 2
+    assert start == chunks
+    assert torch.equal(past, wanted[:, :, : 3 * chunks])
+    assert list(shown.captions) == [text for text in captions for _ in range(each)]
+
+
+def test_a_share_of_the_videos_with_a_true_past_begins_without_one(runs, clips, tmp_path, monkeypatch):
+    settings = settings_of(runs, tmp_path, "past=data", f"latents={clips}", "horizon=6", "at_zero=0.5")
+    roles = load_roles(settings, autoencoder(), torch.device("cpu"))
+    starts = []
+    monkeypatch.setattr(roles, "roll", lambda *given, past: starts.append((given[2].start, past is None)))
+    rollouts = Rollouts(settings, roles, Pieces(batch=2, effective=2))
+    for piece in range(12):
+        rollouts.next(piece)
+    assert set(starts) == {(0, True), (6, False)}
+
+
+@pytest.mark.parametrize("changed", ["rollout.window=6", "rollout.sink=3"])
+def test_teacher_and_critic_see_the_whole_segment_whatever_the_student_sees(runs, tmp_path, changed):
+    sizes = ["segment=9", "clips=[]", "horizon=9"]
+    plain, short = (
+        load_roles(settings_of(runs, tmp_path, *sizes, *more), autoencoder(), torch.device("cpu"))
+        for more in ([], [changed])
+    )
+    assert short.shape != plain.shape
+    assert short.scores.shape.past(2) == [0, 1]
+    clean = torch.randn(2, 16, 9, 8, 8, generator=torch.Generator().manual_seed(0))
+    at = plain.scores.noised(clean, torch.Generator().manual_seed(1))
+    for role in (short.teacher, short.critic):
+        asked = [
+            roles.scores.velocity(role.float(), at, ["a red circle moves up fast", ""])
+            for roles in (plain, short)
+        ]
+        torch.testing.assert_close(*asked, rtol=0, atol=0)
+
+
 def test_the_overall_weights_reach_both_losses(runs, tmp_path):
     """Chunk by chunk: causal scores judge each at a sigma of its own."""
     plain, more = (
         load_roles(settings_of(runs, tmp_path, *changed), autoencoder(), torch.device("cpu"))
-        for changed in ([], ["overall=3", "critic_overall=3"])
+        for changed in (["overall=0", "critic_overall=0"], ["overall=3", "critic_overall=3"])
     )
     for parameter in plain.critic.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -351,6 +343,22 @@ def test_the_overall_weights_reach_both_losses(runs, tmp_path):
         (["scores=bidirectional", "opening=2"], "opening is 2.0, and bidirectional scores judge a segment"),
         ("overlap=6", "overlap is 6; it must be below the segment, 6"),
         ("beta=[1]", "beta is \\[1\\]; it must be two numbers above 0"),
+        ("past=true clips", "past is 'true clips'; use one of own, data"),
+        ("latents=x", "latents is x, and past is 'own', which reads no clips; set past to 'data'"),
+        (["past=data", "horizon=6"], "past is 'data', and latents is empty; name the file of clips"),
+        (
+            ["past=data", "latents=x"],
+            "so nothing is rolled out before a segment: set horizon to the segment, 6",
+        ),
+        (
+            ["past=data", "latents=x", "horizon=6", "streaming=true"],
+            "horizon to the segment, 6, and streaming",
+        ),
+        (
+            ["past=data", "latents=x", "horizon=6", "rollout.window=27"],
+            "rollout.window is 27; a past of true clips, 21 latent frames long, fills a window from 6 to 24",
+        ),
+        (["past=data", "video.prompts=x"], "past is 'data', which is clips of the demo's world; for Wan"),
     ],
 )
 def test_impossible_settings_are_refused(runs, tmp_path, override, message):

@@ -41,8 +41,8 @@ def policy(*, dtype=torch.float32):
     return network, lambda: Mixed(student.bind(tiny.text(batch=2)), dtype, torch.device("cpu"))
 
 
-def play(bind, *, chunks=5):
-    return record(bind(), NOISE, SCHEDULE, SHAPE, chunks=chunks, like=LIKE)
+def play(bind, schedule=SCHEDULE, *, chunks=5):
+    return record(bind(), NOISE, schedule, SHAPE, chunks=chunks, like=LIKE)
 
 
 def test_a_video_is_a_function_of_its_own_seeds():
@@ -103,8 +103,8 @@ def test_the_trace_makes_every_state_again_to_the_bit():
             seen.append(noisy)
             return self.student(noisy, sigma, cache)
 
-        def remember(self, clean, cache):
-            self.student.remember(clean, cache)
+        def remember(self, clean, cache, *, sigma=0.0):
+            self.student.remember(clean, cache, sigma=sigma)
 
     trace = record(Watched(), NOISE, SCHEDULE, SHAPE, chunks=5, like=LIKE)
     again = [trace.noisy(chunk, step) for chunk in range(5) for step in range(4)]
@@ -123,8 +123,8 @@ def test_the_policy_acts_as_the_student_is_rolled_out():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_every_ratio_is_1_to_the_bit_before_the_first_update(dtype, checkpointing):
+@pytest.mark.parametrize(("checkpointing", "context_sigma"), [(False, 0.0), (True, 0.0), (False, 0.1)])
+def test_every_ratio_is_1_to_the_bit_before_the_first_update(dtype, checkpointing, context_sigma):
     network, _ = policy()
     student = CausalStudent(network, tiny.CONFIG, dtype=dtype, checkpointing=checkpointing)
 
@@ -132,7 +132,7 @@ def test_every_ratio_is_1_to_the_bit_before_the_first_update(dtype, checkpointin
         with Mixed.region(LIKE.device, dtype):
             return Mixed(student.bind(tiny.text(batch=2)), dtype, LIKE.device)
 
-    trace = play(bind)
+    trace = play(bind, FewStepSchedule(SCHEDULE.sigmas, context_sigma=context_sigma))
     passes = 0
     for chunk, step, estimate in estimates(bind, trace, SHAPE, EVERYTHING):
         assert estimate.requires_grad

@@ -7,18 +7,19 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import replace
+import tomllib
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from tiny_runs import write_clips, write_run
 
-from sfpp_core.config import RolloutSettings, StudentConfig
+from sfpp_core.config import RolloutSettings
 from sfpp_core.tiny_autoencoder import AutoencoderConfig, TinyAutoencoder
 from training import evaluate, reproduce, train_dmd
-from training.config import ConfigError, load
+from training.config import ConfigError, flatten, load
 from training.measuring import Roller, picks, whole_seconds
 from training.reproduction import runner
 from training.reproduction.layout import LONGER, ODE, PLAIN, PLUS, Stage
@@ -26,7 +27,6 @@ from training.reproduction.settings import ReproduceSettings
 from training.reproduction.stages import MODULES, Stages
 from training.reproduction.summary import NUMBERS, Student, clip_numbers, difference, spread_of
 from training.state import read_notes
-from training.teacher import DemoModel
 from training.world import caption, render, sample_scene
 from training.world_metrics import measure
 
@@ -37,10 +37,8 @@ CONFIGS = Path(__file__).parent.parent / "training" / "configs"
 def given(tmp_path_factory):
     """Return the files of a start that was made before: a model as a stage leaves it, and a decoder."""
     folder = tmp_path_factory.mktemp("given")
-    model = DemoModel(StudentConfig(dim=128, ffn_dim=32, heads=1, layers=1, text_dim=8, text_length=16))
-    nn.init.normal_(model.network.head.head.weight, std=0.05)
-    averaged = {f"module.{name}": value for name, value in model.state_dict().items()}
-    torch.save({"model": {"averaged": averaged}, "done": 1, "seconds": 1.0, "recipe": {}}, folder / "last.pt")
+    write_run(folder / "last.pt", done=1, seconds=1.0, recipe={})
+    write_clips(folder / "latents.safetensors")
     decoder = TinyAutoencoder(AutoencoderConfig(coarse=16, fine=16, mask=8, units=1))
     decoder.save(folder / "autoencoder.safetensors")
     return folder
@@ -51,6 +49,15 @@ def settings_of(given, out, *overrides, config="reproduce_cpu"):
     start += [f"given.autoencoder={given / 'autoencoder.safetensors'}", f"out={out}", "seeds=[0]", "jobs=1"]
     path = str(CONFIGS / f"{config}.toml")
     return load(ReproduceSettings, [path, "--smoke", *start, "horizons=[1]", *overrides], stage="reproduce")
+
+
+def ablations(config):
+    """Return the ablations of a shipped file."""
+    return tomllib.loads((CONFIGS / f"{config}.toml").read_text())["ablations"]
+
+
+def shipped(config):
+    return [(kind, name) for kind, group in ablations(config).items() for name in group]
 
 
 class Done:
@@ -124,6 +131,57 @@ def test_a_student_is_measured_with_the_window_it_was_trained_with(given, tmp_pa
     read = stages.read(stages.by_name["evaluate-self_forcing-short-0"])
     assert read.rollout.window == 9
     assert stages.read(stages.by_name["evaluate-self_forcing-0"]).rollout.window == 21
+
+
+ALL = [
+    (config, kind, name) for config in ("reproduce_cpu", "reproduce_gpu") for kind, name in shipped(config)
+]
+
+
+@pytest.mark.parametrize(("config", "kind", "name"), ALL)
+def test_every_shipped_ablation_has_its_setting_when_it_is_trained_and_measured(
+    given, tmp_path, config, kind, name
+):
+    """Smoke or not; ``Stages`` reads the settings of every stage."""
+    group = ablations(config)
+    for words in (["smoke=true"], ["smoke=false"]):
+        given_clips = f"given.latents={given / 'latents.safetensors'}"
+        settings = settings_of(given, tmp_path, given_clips, *words, config=config)
+        stages = Stages(replace(settings, ablations=group))
+        stage = stages.by_name[f"{kind}-{name}-0"]
+        trained, plain = stages.read(stage), stages.read(stages.by_name[f"{kind}-0"])
+        changed = {
+            key for key, value in flatten(asdict(trained)).items() if value != flatten(asdict(plain))[key]
+        }
+        wanted = {word.partition("=")[0] for word in group[kind][name]}
+        assert wanted <= changed <= wanted | {"loop.out", "latents"}
+        measured = stages.read(stages.by_name[f"evaluate-{stage.name}"])
+        assert measured.rollout == trained.rollout
+
+
+def test_a_run_on_true_clips_waits_for_the_teachers_stage_unless_they_are_given(given, tmp_path):
+    true = 'ablations={self_forcing={true=["past=data"]}}'
+    stages = Stages(settings_of(given, tmp_path, true))
+    wanted = [stage.name for stage in stages.wanted()]
+    assert wanted.index("teacher") < wanted.index("self_forcing-true-0")
+    assert "causal" not in wanted
+    path = given / "latents.safetensors"
+    stages = Stages(settings_of(given, tmp_path, true, f"given.latents={path}"))
+    assert "teacher" not in [stage.name for stage in stages.wanted()]
+    assert stages.read(stages.by_name["self_forcing-true-0"]).latents == str(path)
+
+
+@pytest.mark.parametrize(("name", "words"), [("noisy", "rollout.context_sigma=0.1"), ("true", "past=data")])
+def test_an_ablation_of_the_past_is_trained_and_measured(given, tmp_path, monkeypatch, name, words):
+    monkeypatch.setattr(train_dmd, "roll_samples", lambda *_, **__: {})
+    clips = f"given.latents={given / 'latents.safetensors'}"
+    settings = settings_of(given, tmp_path, clips, f'ablations={{self_forcing={{{name}=["{words}"]}}}}')
+    stages = Stages(settings)
+    last = stages.by_name[f"evaluate-self_forcing-{name}-0"]
+    runner.run(stages, [stages.by_name[last.inputs["student"]], last], lambda: None, launch=inside)
+    assert stages.is_complete(last)
+    recipe = json.loads(json.loads((tmp_path / last.name / "seconds.json").read_text())["recipe"]["rollout"])
+    assert recipe.get("context_sigma") == (0.1 if name == "noisy" else None)
 
 
 def test_only_existing_students_can_be_measured(given, tmp_path):

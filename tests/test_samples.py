@@ -1,15 +1,16 @@
 """Sample videos while training: their files, and numbers that see a drift."""
 
 import pytest
+import tiny_runs
 import torch
 
-from sfpp_core.config import RolloutSettings, StudentConfig
+from sfpp_core.config import RolloutSettings
 from sfpp_core.tiny_autoencoder import AutoencoderConfig, TinyAutoencoder
 from sfpp_core.video import video_info
 from training.config import ConfigError
 from training.loop import LoopSettings
 from training.samples import drift, keep_samples, roll_samples
-from training.teacher import SAMPLE_PROMPTS, DemoModel
+from training.teacher import SAMPLE_PROMPTS
 
 
 def fading(seconds, *, to):
@@ -53,7 +54,7 @@ def test_lengths_are_those_of_a_video_of_another_speed(tmp_path):
 
 
 def test_a_student_is_rolled_out_once_for_all_lengths_and_measured_by_its_world(tmp_path):
-    model = DemoModel(StudentConfig(dim=128, ffn_dim=32, heads=1, layers=1, text_dim=8, text_length=16))
+    model = tiny_runs.model()
     decoder = TinyAutoencoder(AutoencoderConfig(coarse=16, fine=16, mask=8, units=1))
     decoder.mean.zero_()
     decoder.std.fill_(1)

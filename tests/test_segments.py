@@ -7,12 +7,16 @@ import pytest
 import tiny
 import torch
 
+from sfpp_core.config import RolloutSettings
+from sfpp_core.geometry import VideoGeometry
 from sfpp_core.kv_cache import CacheShape, RollingKVCache
 from sfpp_core.noise import ChunkNoise
 from sfpp_core.rollout import rollout
+from sfpp_core.sampler import LongSampler
 from sfpp_core.schedule import FewStepSchedule, add_noise, clean_from_velocity
 from sfpp_core.student import CausalStudent
 from training.segments import Segment, draw_segment, roll_segment
+from training.streaming import Stream, StreamLaw
 
 LIKE = torch.zeros(2, 16, 3, 4, 6)
 SHAPE = CacheShape(
@@ -26,11 +30,11 @@ SHAPE = CacheShape(
 SCHEDULE = FewStepSchedule.uniform(4)
 
 
-def rolled(segment, *, net=None, checkpointing=False, **options):
+def rolled(segment, *, net=None, checkpointing=False, schedule=SCHEDULE, **options):
     net = net or tiny.network()
     bound = CausalStudent(net, tiny.CONFIG, checkpointing=checkpointing).bind(tiny.text(batch=2))
     settings = {"like": LIKE, "dtype": torch.float32, **options}
-    return roll_segment(bound, ChunkNoise(5), SCHEDULE, SHAPE, segment, **settings)
+    return roll_segment(bound, ChunkNoise(5), schedule, SHAPE, segment, **settings)
 
 
 def roll(segment, **options):
@@ -134,6 +138,48 @@ def test_what_lies_right_before_a_segment_comes_along(start, kept):
     before = rolled(Segment(start=start, chunks=2, exit_step=3)).before
     expected = whole(start)[:, :, 3 * (start - kept) :] if kept else LIKE[:, :, :0]
     torch.testing.assert_close(before, expected, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_a_past_remembered_under_noise_is_the_same_in_training_and_at_inference():
+    settings = RolloutSettings(window=9, context_sigma=0.2)
+    geometry = VideoGeometry(height=32, width=48, frames=1 + 4 * 17, chunk=3)
+    sampler = LongSampler(student=tiny.student(), geometry=geometry, settings=settings, seed=5)
+    wanted = torch.cat(list(sampler.chunks(tiny.text(batch=2))), dim=2)
+    assert torch.equal(wanted[:, :, :3], whole(1))
+    assert (wanted - whole(6)).abs().max() > 1e-2
+    for start in (0, 2):
+        segment = Segment(start=start, chunks=4, exit_step=3)
+        seen, expected = roll(segment, schedule=settings.schedule()), wanted[:, :, 3 * start : 3 * start + 12]
+        torch.testing.assert_close(seen, expected, rtol=0, atol=0)
+        with torch.enable_grad():
+            seen = roll(segment, schedule=settings.schedule())
+        torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-5)
+    stream = Stream(StreamLaw(horizon=6, chunks=3, overlap=0), SHAPE)
+    stream.turn(["", ""], 5)
+    bound = tiny.student().bind(tiny.text(batch=2))
+    made = [stream.roll(bound, settings.schedule(), exit_step=3, like=LIKE).clean for _ in range(2)]
+    torch.testing.assert_close(torch.cat(made, dim=2), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.2])
+def test_a_segment_goes_on_from_a_given_past_as_from_its_own(sigma):
+    """The window holds three chunks: the first of four has left it when the segment begins."""
+    past, schedule = whole(4), FewStepSchedule(SCHEDULE.sigmas, context_sigma=sigma)
+    segment = Segment(start=4, chunks=2, exit_step=3)
+    given = rolled(segment, past=past, schedule=schedule)
+    torch.testing.assert_close(given.before, past[:, :, 6:], rtol=0, atol=0)
+    own, other = rolled(segment, schedule=schedule), rolled(segment, past=past + 1, schedule=schedule)
+    assert torch.equal(given.clean, own.clean) == (sigma == 0)
+    assert (given.clean - other.clean).abs().max() > 1e-2
+
+
+def test_segments_with_a_given_past_begin_at_zero_or_right_after_it():
+    rng = np.random.default_rng(0)
+    options = {"horizon": 7, "chunks": 7, "at_zero": 0.3, "steps": 4, "last_step_only": False, "given": 6}
+    starts = [draw_segment(rng, **options).start for _ in range(1000)]
+    assert set(starts) == {0, 6}
+    assert starts.count(0) / len(starts) == pytest.approx(0.3, abs=0.05)
 
 
 def saved_for_backward(horizon):

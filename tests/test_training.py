@@ -16,10 +16,11 @@ from training.config import ConfigError, build, load
 from training.encode_prompts import EncodeSettings
 from training.evaluate import EvaluateSettings
 from training.export import ExportSettings
+from training.guidance import Guidance
 from training.loop import LoopSettings, OptimiserSettings, Trained, run
 from training.make_ode_pairs import PairSettings
 from training.reproduction.settings import ReproduceSettings
-from training.teacher import DemoModel, Guided, trajectory
+from training.teacher import DemoModel, trajectory
 from training.train_autoencoder import Settings as AutoencoderSettings
 from training.train_causal import CausalSettings
 from training.train_dmd import DmdSettings
@@ -206,12 +207,21 @@ def test_a_trajectory_passes_through_the_students_noise_levels_and_guidance_1_is
     noise, prompts = torch.randn(2, 16, 3, 4, 4), ["a red circle moves up", ""]
     states = list(trajectory(teacher, noise, prompts, steps=8, guidance=2.0))
     assert [round(1000 * sigma, 2) for sigma, _ in states[::2]] == [1000, 937.5, 833.33, 625, 0]
-    sigma = torch.full((2, 1), 0.5)
-    plain = Guided(teacher, prompts, guidance=1.0)(noise, sigma)
+    sigma, asked = torch.full((2, 1), 0.5), []
+    for guidance in (Guidance(1.0), Guidance(3.0)):
+        bound = teacher.bind(guidance.captions(prompts))
+        asked.append(guidance.of(bound.whole(guidance.batch(noise), guidance.batch(sigma))))
+    plain, guided = asked
     torch.testing.assert_close(plain, teacher.bind(prompts).whole(noise, sigma))
-    guided = Guided(teacher, prompts, guidance=3.0)(noise, sigma)
     torch.testing.assert_close(guided[1], plain[1], rtol=1e-4, atol=1e-5)
     assert (guided[0] - plain[0]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", [CausalSettings, OdeSettings, PairSettings])
+def test_a_stage_of_true_clips_refuses_noise_on_the_past(kind):
+    (config,) = [name for name, known in KINDS.items() if known is kind and name.startswith("demo")]
+    with pytest.raises(ConfigError, match=r"rollout.context_sigma is 0.1, and this stage remembers the past"):
+        load(kind, [str(CONFIGS / f"{config}.toml"), "rollout.context_sigma=0.1"], stage=config)
 
 
 def test_pairs_need_states_at_the_students_steps():

@@ -126,6 +126,9 @@ class MatchingCost:
     critic_updates: int
     """Updates of the critic per iteration."""
 
+    given: int = 0
+    """Chunks before the others that are given, and only remembered."""
+
     checkpointing: bool
     """Whether layers are computed again in backward."""
 
@@ -157,9 +160,10 @@ class MatchingCost:
             new -= self.overlap // self.rollout.chunk
         passes = (steps if self.last_step_only else (steps + 1) / 2) + 1
         again = 3 if self.checkpointing else 2
+        remembered = (1 - self.at_zero) * self.given
         asked = (2 if self.guided else 1) + 1
         found = {
-            "rollout": (self.made * (steps + 1) + new * passes) * self._chunk,
+            "rollout": (remembered + self.made * (steps + 1) + new * passes) * self._chunk,
             "student": (new * again * self._chunk + asked * self._whole) / self.every,
             "critic": self.critic_updates * (1 + again) * self._whole,
         }

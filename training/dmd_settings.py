@@ -9,6 +9,7 @@ from training.first_latent import FirstLatent
 from training.loop import LoopSettings, OptimiserSettings
 from training.models import VideoSettings
 from training.segments import BackwardNoise
+from training.teacher import LATENT_CLIP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +69,14 @@ class DmdSettings:
     chunks. It has the same minimum as the loss itself, and lets the critic know the student's exposures
     sooner."""
 
+    past: str = "own"
+    """What a segment from the middle of a video goes on from: the student's ``own`` rollout, or ``data``,
+    true clips that fill the window but for a chunk, remembered as if the student had made them. Its cache
+    rolls then, and it never sees its own errors. For the demo's world."""
+
+    latents: str = ""
+    """File of encoded clips, made by the teacher's stage; for a past of ``data``."""
+
     streaming: bool = False
     """Go on with one rollout from update to update, instead of beginning another in each."""
 
@@ -75,7 +84,8 @@ class DmdSettings:
     """Latent frames a streamed segment shares with the one before; the others are new."""
 
     at_zero: float = 0.3
-    """Share of segments that start at the first latent frame; not for streaming."""
+    """Share of segments that start at the first latent frame, of a longer horizon or a past of ``data``; not
+    for streaming."""
 
     beta: tuple[float, ...] = (1.0, 1.0)
     """Beta law of where the other segments start: (1, 1) is uniform, (1, 2) prefers early; not for
@@ -138,6 +148,7 @@ class DmdSettings:
     def __post_init__(self) -> None:
         kinds = {
             "scores": ("causal", "bidirectional"),
+            "past": ("own", "data"),
             "backward_noise": get_args(BackwardNoise),
             "first_latent": get_args(FirstLatent),
         }
@@ -145,6 +156,7 @@ class DmdSettings:
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(known)}.")
         self._check_lengths()
+        self._check_past()
         self._check_weights()
         self._check_video()
         if len(self.beta) != 2 or min(self.beta) <= 0:
@@ -165,6 +177,39 @@ class DmdSettings:
                     f"clips is {list(self.clips)}; {clip} must be a multiple of the chunk, "
                     f"{self.rollout.chunk}, and go into the segment, {self.segment}, without a rest."
                 )
+
+    def _check_past(self) -> None:
+        """Refuse true clips where they cannot be the past, or where nobody reads them."""
+        if self.past == "own":
+            if self.latents:
+                raise ConfigError(
+                    f"latents is {self.latents}, and past is 'own', which reads no clips; set past to "
+                    "'data', or leave latents out."
+                )
+            return
+        if self.video.is_wan:
+            raise ConfigError("past is 'data', which is clips of the demo's world; for Wan leave it 'own'.")
+        if self.streaming or self.horizon != self.segment:
+            raise ConfigError(
+                "past is 'data', so nothing is rolled out before a segment: set horizon to the segment, "
+                f"{self.segment}, and streaming to false."
+            )
+        if not self.latents:
+            raise ConfigError(
+                "past is 'data', and latents is empty; name the file of clips that training.train_teacher "
+                "made."
+            )
+        size, longest = self.rollout.chunk, LATENT_CLIP[0] // self.rollout.chunk
+        if not 1 <= self.given <= longest:
+            raise ConfigError(
+                f"rollout.window is {self.rollout.window}; a past of true clips, {LATENT_CLIP[0]} latent "
+                f"frames long, fills a window from {2 * size} to {(longest + 1) * size}."
+            )
+
+    @property
+    def given(self) -> int:
+        """Chunks of a true clip that a segment from the middle of a video goes on from."""
+        return self.rollout.window_chunks - 1 if self.past == "data" else 0
 
     def _check_weights(self) -> None:
         """Refuse a loss that leaves nothing of a clip, weights below 0, and one that nobody asks for."""

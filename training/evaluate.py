@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sfpp_core import demo
-from sfpp_core.config import RolloutSettings
+from sfpp_core.config import RolloutSettings, to_table
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training.config import ConfigError, load
 from training.measuring import COLUMNS, Measured, Roller, Shelf, fingerprint, write_json
@@ -121,7 +121,7 @@ def recipe_of(settings: EvaluateSettings) -> dict[str, str]:
     return {
         "student": fingerprint(student),
         "autoencoder": fingerprint(Path(settings.autoencoder)),
-        "rollout": json.dumps(asdict(settings.rollout)),
+        "rollout": json.dumps(to_table(settings.rollout)),
         "frames": str(settings.frames),
         **{name: str(getattr(settings, name)) for name in ("batch", "seed", "dtype")},
     }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sfpp_core.geometry import TEMPORAL_STRIDE
-from training.segments import Rolled
+from training.segments import Rolled, cut
 
 FirstLatent = Literal["keep", "mask", "reencode"]
 """``keep``: the segment as it is. ``mask``: no loss on its start. ``reencode``: its first latent frame
@@ -57,18 +57,16 @@ def as_clips(
     clean, mask = rolled.clean, torch.ones_like(rolled.clean[:, :1, :, :1, :1])
     mask[:, :, : rolled.old] = 0
     begins = range(0 if rolled.before.shape[2] else length, clean.shape[2], length)
-    cut = bool(begins) and handling != "keep"
-    if cut:
+    handled = bool(begins) and handling != "keep"
+    if handled:
         for begin in begins:
             mask[:, :, begin : begin + masked] = 0
         if handling == "reencode":
             assert autoencoder is not None
             places = torch.tensor(begins, device=clean.device)
             clean = clean.index_copy(2, places, _pictures(rolled, begins, autoencoder).to(clean))
-    clips = clean.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
-    masks = mask.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
     # Told from the numbers at hand: to ask the mask would make the host wait for a GPU.
-    return clips, masks if rolled.old or (cut and masked) else None
+    return cut(clean, length), cut(mask, length) if rolled.old or (handled and masked) else None
 
 
 @torch.no_grad()

@@ -10,9 +10,24 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from sfpp_core.config import RolloutSettings
 from sfpp_core.kv_cache import CacheShape, GradientKVCache
 from sfpp_core.schedule import clean_from_velocity
 from sfpp_core.student import BoundStudent
+from training.config import ConfigError
+
+
+def check_past(rollout: RolloutSettings) -> None:
+    """Refuse a noise on the past in a stage that remembers true clips as they are.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    if rollout.context_sigma:
+        raise ConfigError(
+            f"rollout.context_sigma is {rollout.context_sigma:g}, and this stage remembers the past without "
+            "noise; leave it 0 here, and set it where the student is rolled out: in train_dmd or train_grpo."
+        )
 
 
 def forced_estimates(

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
+from training.config import ConfigError
 from training.world import WORLD_VERSION, caption, render, sample_scene
 
 _AT_ONCE = 8
@@ -70,7 +71,12 @@ class Clips:
             path: The file.
             seed: Of the batches.
             drop: Share of captions replaced by the empty one, for classifier-free guidance.
+
+        Raises:
+            ConfigError: There is no such file.
         """
+        if not path.exists():
+            raise ConfigError(f"latents is {path}, which does not exist; run training.train_teacher first.")
         with safe_open(path, "pt") as file:
             self.latents = file.get_tensor("latents")
             self.scene_seed = int(file.metadata()["seed"])

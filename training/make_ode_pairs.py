@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sfpp_core.config import RolloutSettings
+from sfpp_core.config import RolloutSettings, to_table
 from training.config import ConfigError, load
 from training.digests import digest
+from training.forcing import check_past
 from training.models import Model, VideoSettings, geometry_of, load_role, texts_of
 from training.state import FILE, newest
 from training.teacher import causal_trajectory, trajectory
@@ -71,6 +72,7 @@ class PairSettings:
     """Wan's prompts and sizes; without them it is the demo's world. Clips have 21 latent frames."""
 
     def __post_init__(self) -> None:
+        check_past(self.rollout)
         if self.source not in ("causal", "bidirectional"):
             raise ConfigError(f"source is {self.source!r}; use 'causal' or 'bidirectional'.")
         if self.steps % self.rollout.steps:
@@ -116,7 +118,8 @@ def make_batch(teacher: Model, settings: PairSettings, batch: int) -> Tensor:
 def identity(settings: PairSettings, batch: int, texts: Texts | None = None) -> dict[str, str]:
     """Return all that one file of pairs follows from; a file that says otherwise is made again."""
     skipped = ["out", "pairs", "threads"] + ([] if settings.video.is_wan else ["video"])
-    recipe: dict[str, Any] = {name: value for name, value in asdict(settings).items() if name not in skipped}
+    table = {**asdict(settings), "rollout": to_table(settings.rollout)}
+    recipe: dict[str, Any] = {name: value for name, value in table.items() if name not in skipped}
     if settings.video.is_wan:
         recipe["video"] = {name: recipe["video"][name] for name in ("height", "width")}
     path = Path(settings.teacher)

@@ -101,6 +101,8 @@ class Matching:
         segment: Segment,
         chunk: tuple[int, int, int],
         clip: int,
+        *,
+        past: Tensor | None = None,
     ) -> Shown:
         """Return one segment of a new rollout, cut into clips.
 
@@ -110,6 +112,7 @@ class Matching:
             segment: What to make.
             chunk: ``(T, H, W)`` of one chunk.
             clip: Latent frames of each clip the roles judge.
+            past: See ``segments.roll_segment``.
         """
         with torch.autocast(self.device.type, torch.bfloat16):
             rolled = roll_segment(
@@ -121,6 +124,7 @@ class Matching:
                 like=self._like(captions, chunk),
                 dtype=torch.bfloat16,
                 backward_noise=self.options.backward_noise,
+                past=None if past is None else past.to(self.device),
             )
         return self._shown(rolled, captions, clip)
 

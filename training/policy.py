@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sfpp_core.kv_cache import CacheShape, GradientKVCache, KVCache
 from sfpp_core.noise import ChunkNoise, NoiseSource
-from sfpp_core.rollout import Student, rollout
+from sfpp_core.rollout import Student, remember, rollout
 from sfpp_core.schedule import FewStepSchedule, add_noise, clean_from_velocity
 
 Reduction = Literal["mean", "sum"]
@@ -154,9 +154,9 @@ class _Recording:
         self.estimates.append(clean_from_velocity(noisy, velocity, sigma).cpu())
         return velocity
 
-    def remember(self, clean: Tensor, cache: KVCache) -> None:
+    def remember(self, clean: Tensor, cache: KVCache, *, sigma: float = 0.0) -> None:
         """Write the keys of ``clean``."""
-        self.student.remember(clean, cache)
+        self.student.remember(clean, cache, sigma=sigma)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +175,10 @@ class Mixed:
         with self.region(self.device, self.dtype):
             return self.student(noisy, sigma, cache)
 
-    def remember(self, clean: Tensor, cache: KVCache) -> None:
+    def remember(self, clean: Tensor, cache: KVCache, *, sigma: float = 0.0) -> None:
         """Write the keys of ``clean``."""
         with self.region(self.device, self.dtype):
-            self.student.remember(clean, cache)
+            self.student.remember(clean, cache, sigma=sigma)
 
     @staticmethod
     def region(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -234,8 +234,7 @@ def estimates(
             yield chunk, step, clean_from_velocity(noisy, bind()(noisy, sigma, cache), sigma)
         if chunk < last:
             with torch.no_grad():
-                keeper.remember(trace.clean(chunk), cache)
-            cache.close()
+                remember(keeper, trace.clean(chunk), trace.noise, trace.schedule, cache, chunk=chunk)
 
 
 def choose(

@@ -23,7 +23,9 @@ from sfpp_core.kv_cache import CacheShape
 from sfpp_core.schedule import add_noise, clean_from_velocity, warp
 from sfpp_core.student import BoundStudent
 from training.forcing import forced_estimates, spread_evenly
+from training.guidance import Guidance
 from training.losses import guide
+from training.segments import cut
 
 
 class Role(Protocol):
@@ -118,10 +120,9 @@ class WholeScores:
         if self.apart and guidance != 1:
             conditional = self.velocity(role, at, captions)
             return guide(conditional, self.velocity(role, at, [""] * len(captions)), guidance)
-        doubled = 1 if guidance == 1 else 2
-        bound = role.bind(_with_empty(captions, doubled))
-        sigma = at.sigma.view(-1, 1).repeat(doubled, 1)
-        return _guided(bound.whole(at.noisy.repeat(doubled, 1, 1, 1, 1), sigma), doubled, guidance)
+        guided = Guidance(guidance)
+        bound = role.bind(guided.captions(captions))
+        return guided.of(bound.whole(guided.batch(at.noisy), guided.batch(at.sigma.view(-1, 1))))
 
     def pieces(self, x: Tensor) -> Tensor:
         """Return ``x``: a segment is one piece."""
@@ -160,17 +161,16 @@ class CausalScores:
 
     def velocity(self, role: Role, at: Noised, captions: Sequence[str], guidance: float = 1.0) -> Tensor:
         """Return the velocity of ``role``, ``(B, C, T, H, W)``, chunk by chunk over its own memory."""
-        doubled = 1 if guidance == 1 else 2
-        bound = role.bind(_with_empty(captions, doubled))
-        clean, noisy, sigma = (x.repeat(doubled, 1, 1, 1, 1) for x in (at.clean, at.noisy, at.sigma))
+        guided = Guidance(guidance)
+        bound = role.bind(guided.captions(captions))
+        clean, noisy, sigma = map(guided.batch, (at.clean, at.noisy, at.sigma))
         sigmas = sigma.flatten(1)[:, :: self.shape.latent_frames_per_chunk].unbind(1)
         made = forced_estimates(bound, self.shape, clean, noisy, sigmas)
-        return _guided(torch.cat([velocity for velocity, _ in made], dim=2), doubled, guidance)
+        return guided.of(torch.cat([velocity for velocity, _ in made], dim=2))
 
     def pieces(self, x: Tensor) -> Tensor:
         """Return the chunks of ``(B, C, T, H, W)`` as clips of their own, ``(B * P, C, chunk, H, W)``."""
-        chunk = self.shape.latent_frames_per_chunk
-        return x.unflatten(2, (-1, chunk)).transpose(1, 2).flatten(0, 1)
+        return cut(x, self.shape.latent_frames_per_chunk)
 
     def weights(self, clean: Tensor) -> Tensor | None:
         """Return ``opening`` for the first chunk, 1 for the others."""
@@ -186,16 +186,3 @@ def _noised(clean: Tensor, sigma: Tensor, generator: torch.Generator) -> Noised:
     clean, sigma = clean.detach(), sigma.to(clean)
     noise = torch.randn(clean.shape, generator=generator).to(clean)
     return Noised(noisy=add_noise(clean, noise, sigma), sigma=sigma, noise=noise, clean=clean)
-
-
-def _with_empty(captions: Sequence[str], doubled: int) -> list[str]:
-    """Return ``captions``, followed by as many empty ones if ``doubled`` is 2."""
-    return [*captions, *[""] * ((doubled - 1) * len(captions))]
-
-
-def _guided(velocity: Tensor, doubled: int, guidance: float) -> Tensor:
-    """Return the velocity of a batch that held conditional, then unconditional clips if it was doubled."""
-    if doubled == 1:
-        return velocity
-    conditional, unconditional = velocity.chunk(2)
-    return guide(conditional, unconditional, guidance)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sfpp_core.kv_cache import CacheShape, GradientKVCache, KVCache, RollingKVCache
 from sfpp_core.noise import ChunkNoise
-from sfpp_core.rollout import denoise_chunk, rollout
+from sfpp_core.rollout import denoise_chunk, remember, rollout
 from sfpp_core.schedule import FewStepSchedule, add_noise, clean_from_velocity
 from sfpp_core.student import BoundStudent
 
@@ -62,6 +62,11 @@ class Rolled:
     """Latent frames at the start of ``clean`` that an earlier update made, and that carry no gradient."""
 
 
+def cut(x: Tensor, length: int) -> Tensor:
+    """Return ``(B, C, T, H, W)`` as P clips of ``length`` latent frames, ``(B * P, C, length, H, W)``."""
+    return x.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
+
+
 def draw_segment(
     rng: np.random.Generator,
     *,
@@ -71,6 +76,7 @@ def draw_segment(
     steps: int,
     last_step_only: bool,
     beta: tuple[float, float] = (1.0, 1.0),
+    given: int = 0,
 ) -> Segment:
     """Draw a segment of ``chunks`` from a rollout of ``horizon`` chunks.
 
@@ -82,9 +88,12 @@ def draw_segment(
         steps: Denoising steps of the student.
         last_step_only: Keep the gradient at the last step, as Self-Forcing++ does, instead of a random one.
         beta: The Beta law of the others' place in the rollout: (1, 1) is uniform, (1, 2) prefers early ones.
+        given: Chunks the others go on from, if these are given and not rolled out.
     """
     if rng.random() < at_zero:
         start = 0
+    elif given:
+        start = given
     else:
         start = min(int(rng.beta(*beta) * (horizon - chunks + 1)), horizon - chunks)
     exit_step = steps - 1 if last_step_only else int(rng.integers(steps))
@@ -101,6 +110,7 @@ def roll_segment(
     like: Tensor,
     dtype: torch.dtype,
     backward_noise: BackwardNoise = "rollout",
+    past: Tensor | None = None,
 ) -> Rolled:
     """Return the clean segment, with a gradient if gradients are on.
 
@@ -113,17 +123,32 @@ def roll_segment(
         like: Tensor with the shape, device and dtype of one chunk.
         dtype: Dtype of the cache.
         backward_noise: What the differentiated forward starts from.
+        past: All before the segment, ``(B, C, T, H, W)``, if the student shall go on from that; ``None``:
+            from its own rollout.
     """
     ring = RollingKVCache(shape, batch=len(like), like=like.to(dtype))
     before: deque[Tensor] = deque([like[:, :, :0]], maxlen=BEFORE)
+    if past is None:
+        earlier = rollout(student, noise, schedule, ring, chunks=segment.start, like=like, keep_last=True)
+    else:
+        earlier = _remembered(student, noise, schedule, ring, past)
     with torch.no_grad():
-        for clean in rollout(student, noise, schedule, ring, chunks=segment.start, like=like, keep_last=True):
-            before.append(clean)
+        before.extend(earlier)
     memory = GradientKVCache.continuing(ring) if torch.is_grad_enabled() else ring
     made = differentiable_chunks(
         student, noise, schedule, memory, segment, like=like, backward_noise=backward_noise
     )
     return Rolled(clean=torch.cat(list(made), dim=2), before=torch.cat(list(before), dim=2))
+
+
+def _remembered(
+    student: BoundStudent, noise: ChunkNoise, schedule: FewStepSchedule, memory: RollingKVCache, past: Tensor
+) -> Iterator[Tensor]:
+    """Yield the chunks of ``past`` ``(B, C, T, H, W)``, remembered in ``memory`` as if they had been made."""
+    for chunk, clean in enumerate(past.split(memory.shape.latent_frames_per_chunk, dim=2)):
+        memory.open(chunk)
+        remember(student, clean, noise, schedule, memory, chunk=chunk)
+        yield clean
 
 
 def differentiable_chunks(
@@ -168,10 +193,9 @@ def differentiable_chunks(
         memory.open(chunk)
         with torch.no_grad():
             finished = denoise_chunk(student, noise, schedule, memory, chunk=chunk, like=like)
-        # The step after the last: noise that the rollout has not used.
+        # The step after the last: noise that no step has used.
         fresh = noise.draw(tuple(like.shape), chunk=chunk, step=len(schedule.sigmas), like=like)
         noisy = add_noise(finished, fresh, sigma)
         yield clean_from_velocity(noisy, student(noisy, sigma, memory), sigma)
         if keep_last or chunk + 1 < end:
-            student.remember(finished, memory)
-            memory.close()
+            remember(student, finished, noise, schedule, memory, chunk=chunk)

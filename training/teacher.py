@@ -21,7 +21,7 @@ from sfpp_core.schedule import warp
 from sfpp_core.student import BoundStudent, CausalStudent
 from sfpp_core.words import WordEncoder
 from training.config import ConfigError
-from training.losses import guide
+from training.guidance import Guidance
 from training.state import read_averaged
 from training.world import CAPTION_WORDS, FRAMES, SIZE, VOCABULARY
 
@@ -72,29 +72,6 @@ class Teacher(Protocol):
         ...
 
 
-class Guided:
-    """The teacher's velocity for given prompts, with classifier-free guidance."""
-
-    def __init__(self, teacher: Teacher, prompts: Sequence[str], *, guidance: float) -> None:
-        """Bind ``teacher`` to ``prompts``, one per clip.
-
-        Args:
-            teacher: The model.
-            prompts: One per clip.
-            guidance: See ``losses.guide``; 1 is none, and costs half.
-        """
-        self.guidance = guidance
-        self._bound = teacher.bind(prompts if guidance == 1 else [*prompts, *[""] * len(prompts)])
-
-    def __call__(self, noisy: Tensor, sigma: Tensor) -> Tensor:
-        """Return the velocity at ``noisy`` ``(B, C, T, H, W)`` and ``sigma`` ``(B, 1)``."""
-        if self.guidance == 1:
-            return self._bound.whole(noisy, sigma)
-        both = self._bound.whole(noisy.repeat(2, 1, 1, 1, 1), sigma.repeat(2, 1))
-        conditional, unconditional = both.chunk(2)
-        return guide(conditional, unconditional, self.guidance)
-
-
 @torch.no_grad()
 def trajectory(
     teacher: Teacher,
@@ -107,11 +84,12 @@ def trajectory(
 ) -> Iterator[tuple[float, Tensor]]:
     """Yield sigma and state before each Euler step from ``noise``, then 0 and the clean clip."""
     sigmas = [warp(1 - step / steps, shift) for step in range(steps)] + [0.0]
-    velocity, state = Guided(teacher, prompts, guidance=guidance), noise
+    guided, state = Guidance(guidance), noise
+    bound = teacher.bind(guided.captions(prompts))
     for sigma, following in itertools.pairwise(sigmas):
         yield sigma, state
-        level = torch.full((len(noise), 1), sigma, device=noise.device)
-        state = state + (following - sigma) * velocity(state, level)
+        level = torch.full((guided.copies * len(noise), 1), sigma, device=noise.device)
+        state = state + (following - sigma) * guided.of(bound.whole(guided.batch(state), level))
     yield 0.0, state
 
 
@@ -140,22 +118,20 @@ def causal_trajectory(
         rollout: Chunk, window, sink and shift.
         clip: Size of the clips.
     """
-    doubled = 1 if guidance == 1 else 2
-    bound = teacher.bind(prompts if doubled == 1 else [*prompts, *[""] * len(prompts)])
+    guided = Guidance(guidance)
+    bound = teacher.bind(guided.captions(prompts))
     shape = CacheShape.of(teacher.config, replace(clip, chunk=rollout.chunk), rollout)
-    cache = RollingKVCache(shape, batch=doubled * len(noise), like=noise.to(bound.student.dtype))
+    cache = RollingKVCache(shape, batch=guided.copies * len(noise), like=noise.to(bound.student.dtype))
     sigmas = [warp(1 - step / steps, rollout.shift) for step in range(steps)] + [0.0]
     for chunk, state in enumerate(noise.split(rollout.chunk, dim=2)):
         cache.open(chunk)
         states = [state]
         for sigma, following in itertools.pairwise(sigmas):
-            velocity, *unguided = bound(state.repeat(doubled, 1, 1, 1, 1), sigma, cache).chunk(doubled)
-            if unguided:
-                velocity = guide(velocity, unguided[0], guidance)
+            velocity = guided.of(bound(guided.batch(state), sigma, cache))
             state = state + (following - sigma) * velocity
             states.append(state)
         yield states
-        bound.remember(state.repeat(doubled, 1, 1, 1, 1), cache)
+        bound.remember(guided.batch(state), cache)
         cache.close()
 
 

@@ -24,7 +24,7 @@ from sfpp_core.schedule import add_noise, warp
 from sfpp_core.student import CausalStudent
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training.config import load
-from training.forcing import forced_estimates, spread_evenly
+from training.forcing import check_past, forced_estimates, spread_evenly
 from training.latents import Clips
 from training.loop import LoopSettings, Loss, OptimiserSettings, Plan, Trained, descend, run
 from training.losses import velocity_loss
@@ -75,6 +75,9 @@ class CausalSettings:
 
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """Chunk, window and sink; steps and shift of the sample sheets."""
+
+    def __post_init__(self) -> None:
+        check_past(self.rollout)
 
 
 def main(settings: CausalSettings) -> None:

@@ -10,6 +10,7 @@ import copy
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ from training.cost import COPIES, MatchingCost, copies_of
 from training.dmd_settings import DmdSettings
 from training.dry_run import Plan
 from training.first_latent import FirstLatent, Pictures
+from training.latents import Clips
 from training.loop import Loss, OptimiserSettings, descend, run
 from training.matching import Matching, RollOptions, Shown
 from training.models import Model, WanModel, geometry_of, load_role, texts_of
@@ -73,6 +75,9 @@ class Rollouts:
             chunks=settings.segment // size,
             overlap=settings.overlap // size,
         )
+        self.clips: Clips | None = None
+        if settings.past == "data":
+            self.clips = Clips(Path(settings.latents), seed=settings.loop.seed + 2)
         count = pieces.per_rank if settings.streaming else 0
         self.streams = [Stream(law, roles.shape) for _ in range(count)]
 
@@ -89,7 +94,11 @@ class Rollouts:
             if len(self.streams) > 1 and self.roles.device.type == "cuda":
                 park(stream)
         else:
-            shown = self.roles.roll(captions, ChunkNoise(seeds[0]), segment, self.chunk, clip)
+            past = None
+            if self.clips is not None and segment.start:
+                clips, captions, _ = self.clips.batch(piece, self.settings.batch)
+                past = clips[:, :, : segment.start * self.settings.rollout.chunk]
+            shown = self.roles.roll(captions, ChunkNoise(seeds[0]), segment, self.chunk, clip, past=past)
         return shown, torch.Generator().manual_seed(seeds[1])
 
     def _segment(self, rng: np.random.Generator) -> Segment:
@@ -103,6 +112,7 @@ class Rollouts:
             steps=settings.rollout.steps,
             last_step_only=settings.last_step_only,
             beta=(settings.beta[0], settings.beta[1]),
+            given=settings.given,
         )
 
 
@@ -186,7 +196,12 @@ def load_roles(
     student, teacher, critic = load_models(settings, texts, device)
     geometry = geometry_of(settings.video, student.config, chunk=settings.rollout.chunk)
     levels = Levels(shift=settings.level_shift, least=settings.least_sigma, largest=settings.largest_sigma)
-    asked = CacheShape.of(teacher.config, geometry, settings.rollout)
+    # Both roles see the whole segment, whatever window the student has.
+    asked = replace(
+        CacheShape.of(teacher.config, geometry, settings.rollout),
+        window=settings.segment // settings.rollout.chunk,
+        sink=0,
+    )
     return Matching(
         student,
         teacher,
@@ -229,6 +244,7 @@ def plan_of(settings: DmdSettings, roles: Matching, pieces: Pieces) -> Plan:
         guided=settings.guidance != 1,
         every=settings.every,
         critic_updates=settings.critic_updates,
+        given=settings.given,
         checkpointing=settings.checkpointing,
     )
     critic = cast(nn.Module, roles.critic)

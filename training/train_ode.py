@@ -24,7 +24,7 @@ from sfpp_core.student import CausalStudent
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training.config import load
 from training.cost import COPIES, copies_of, held, regression_operations
-from training.forcing import forced_estimates
+from training.forcing import check_past, forced_estimates
 from training.loop import LoopSettings, Loss, OptimiserSettings, Plan, Trained, descend, run
 from training.make_ode_pairs import Pairs
 from training.models import VideoSettings, WanModel, attention_of, geometry_of, load_role
@@ -65,6 +65,9 @@ class OdeSettings:
 
     video: VideoSettings = field(default_factory=VideoSettings)
     """Wan's prompts and sizes; without them it is the demo's world."""
+
+    def __post_init__(self) -> None:
+        check_past(self.rollout)
 
 
 def draw_levels(rng: np.random.Generator, chunks: int, steps: int) -> list[int]:

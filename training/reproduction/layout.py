@@ -1,8 +1,10 @@
 """The stages of a reproduction and what each reads, as they follow from its settings."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from training.config import override
 from training.reproduction.settings import ReproduceSettings
 
 MODULES = {
@@ -47,6 +49,9 @@ class Stage:
     overrides: tuple[str, ...] = ()
     """On top of the settings file and of the overrides of its kind."""
 
+    after: tuple[str, ...] = ()
+    """Stages that make other files it reads."""
+
     clock: tuple[str, str] | None = None
     """Two runs: it trains for as long as the first took, at the pace of the second. ``None``: as its settings
     say."""
@@ -68,7 +73,7 @@ class Stage:
     @property
     def needs(self) -> tuple[str, ...]:
         """Names of the stages that come before it."""
-        return tuple(dict.fromkeys((*self.inputs.values(), *(self.clock or ()))))
+        return tuple(dict.fromkeys((*self.inputs.values(), *self.after, *(self.clock or ()))))
 
 
 def lay_out(settings: ReproduceSettings) -> Iterator[Stage]:
@@ -82,6 +87,8 @@ def lay_out(settings: ReproduceSettings) -> Iterator[Stage]:
         for kind, group in settings.ablations.items():
             for name, words in group.items():
                 student = _matching(kind, seed, name=f"{kind}-{name}", overrides=tuple(words))
+                if _reads_clips(words):
+                    student = _on_clips(student, settings)
                 yield student
                 yield _measuring(student)
     for name in settings.students:
@@ -91,7 +98,7 @@ def lay_out(settings: ReproduceSettings) -> Iterator[Stage]:
 
 def _start(settings: ReproduceSettings) -> Iterator[Stage]:
     """Yield what all seeds share: autoencoder, teachers, trajectories, causal initialisation."""
-    latents = f"latents={settings.given.get('latents', f'{settings.out}/latents.safetensors')}"
+    latents = _latents(settings)
     decoder = {"autoencoder": "autoencoder"}
     yield Stage(name="autoencoder", kind="autoencoder")
     yield Stage(name="teacher", kind="teacher", inputs=decoder, overrides=(latents,))
@@ -141,6 +148,25 @@ def _matching(kind: str, seed: int, *, name: str = "", overrides: tuple[str, ...
         seed=seed,
         ablates=METHODS[kind] if name else "",
     )
+
+
+def _latents(settings: ReproduceSettings) -> str:
+    """Return the override that names the file of clips the teachers learn from."""
+    return f"latents={settings.given.get('latents', f'{settings.out}/latents.safetensors')}"
+
+
+def _reads_clips(words: Sequence[str]) -> bool:
+    """Return whether a run with these overrides goes on from true clips."""
+    table: dict[str, Any] = {}
+    for word in words:
+        override(table, word)
+    return table.get("past") == "data"
+
+
+def _on_clips(stage: Stage, settings: ReproduceSettings) -> Stage:
+    """Return ``stage`` as one that reads the clips, which the teacher's stage makes if they are not given."""
+    after = () if "latents" in settings.given else ("teacher",)
+    return replace(stage, overrides=(*stage.overrides, _latents(settings)), after=after)
 
 
 def _measuring(student: Stage) -> Stage:
