@@ -143,7 +143,8 @@ class Plan:
             f"rollout  {geometry.chunks} chunks of {settings.chunk} latent frames, {settings.steps} steps, "
             f"shift {settings.shift:g}, window {settings.window}, sink {settings.sink}"
             + (f" ({settings.sink_positions})" if settings.sink else "")
-            + (f", overlap {settings.overlap}" if settings.overlap else ""),
+            + (f", overlap {settings.overlap}" if settings.overlap else "")
+            + (f", past under noise {settings.context_sigma:g}" if settings.context_sigma else ""),
             f"decoder  {self.decoder.in_words}{tiles}",
             f"compute  {self.device}, {str(self.dtype)[6:]}, attention {self.attend.__name__.strip('_')}, "
             f"{self.threads} CPU thread{'s' if self.threads > 1 else ''}"
