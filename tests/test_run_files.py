@@ -173,6 +173,16 @@ def test_a_process_that_dies_before_the_chunks_are_moved_finds_the_same_again(fo
         assert run.manifest.shown == 21
 
 
+def test_what_a_kill_left_half_written_takes_no_room_for_ever(folder):
+    names = ".part.abc.cache.safetensors", "latents/.part.abc.chunk_000001.safetensors"
+    parts = [folder / name for name in names]
+    for part in parts:
+        part.write_bytes(b"half")
+    with open_run(folder, wanted()) as run:
+        assert run.kept == run.chunks
+    assert not any(part.exists() for part in parts)
+
+
 @pytest.mark.parametrize(
     ("seconds", "chunks"), [(0, 0), (0.5, 0), (0.5625, 1), (1.25, 1), (1.3125, 2), (9, 12)]
 )

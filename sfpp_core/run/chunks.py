@@ -9,12 +9,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..durable import share_file, sync_folder
 from ..errors import CheckpointError
 from ..geometry import VideoGeometry
 from ..latent_space import LatentSpace
 from ..latents_file import NAME, TENSOR, LatentsInfo, Link, chunk_files, read_chunk, read_link, save_latents
 from ..weights_file import Header, read_header
-from .durable import share_file, sync_folder
 
 
 def good_chunks(
@@ -61,7 +61,6 @@ def add_chunk(folder: Path, chunk: int, latents: Tensor, info: LatentsInfo, link
         OutputError: The disk is full, or the folder cannot be written to.
     """
     save_latents(folder, chunk, latents, info, link=link)
-    sync_folder(folder)
 
 
 def share_chunks(source: Path, target: Path, *, chunks: int) -> None:

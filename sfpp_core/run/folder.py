@@ -14,13 +14,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ..durable import remove_parts
 from ..errors import NumericsError, OutputError
 from ..latents_file import FOLDER, NAME, LatentsInfo, Link, chunk_files, read_chunk
 from ..outputs import make_folder
 from .agreement import Wanted, begun, check_length, continued, kept_chunks
+from .aside import ASIDE, aside_folder, move_aside
 from .chunks import add_chunk
 from .decisions import Section, keys
-from .durable import ASIDE, aside_folder, move_aside
 from .lock import NAME as LOCK
 from .lock import RunLock
 from .manifest import COPY, Manifest, Resume, is_run, read_manifest, write_manifest
@@ -161,12 +162,7 @@ def open_run(folder: Path, wanted: Wanted) -> Run:
     make_folder(folder)
     lock = RunLock(folder)
     try:
-        if wanted.anew:
-            kept_here = (LOCK, ASIDE, LOG)
-            # The manifest first: without it the rest is no run, and not half of one.
-            entries = sorted(folder.iterdir(), key=lambda entry: entry.name not in (MANIFEST, COPY))
-            _put_aside(folder, [entry for entry in entries if entry.name not in kept_here])
-        make_folder(folder / FOLDER)
+        _make_ready(folder, wanted)
         if is_run(folder):
             before = read_manifest(folder)
             manifest = continued(before, wanted, folder)
@@ -188,6 +184,18 @@ def open_run(folder: Path, wanted: Wanted) -> Run:
             shutil.rmtree(folder, ignore_errors=True)
         raise
     return run
+
+
+def _make_ready(folder: Path, wanted: Wanted) -> None:
+    """Clear a folder of what is in the way of a run."""
+    for place in (folder, folder / FOLDER):
+        remove_parts(place)
+    if wanted.anew:
+        kept_here = (LOCK, ASIDE, LOG)
+        # The manifest first: without it the rest is no run, and not half of one.
+        entries = sorted(folder.iterdir(), key=lambda entry: entry.name not in (MANIFEST, COPY))
+        _put_aside(folder, [entry for entry in entries if entry.name not in kept_here])
+    make_folder(folder / FOLDER)
 
 
 def _check_place(folder: Path) -> None:

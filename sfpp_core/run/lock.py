@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
+from ..durable import unwritable
 from ..errors import OutputError
 
 NAME = "lock"
@@ -56,7 +57,7 @@ class RunLock:
             self._file.write(json.dumps(mine))
             self._file.flush()
         except OSError as error:  # a full disk
-            raise OutputError(f"{self._path} cannot be written: {error.strerror}.") from error
+            raise unwritable(self._path, error) from error
 
     def release(self) -> None:
         """Give the lock back; harmless if it was given back."""

@@ -11,11 +11,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from ..durable import write_text
 from ..errors import CheckpointError, SFPPError
 from ..geometry import VideoGeometry
 from ..latent_space import SPACES
 from .decisions import Section
-from .durable import write_text
 
 NAME = "manifest.json"
 """Name of the file in the folder of a run."""

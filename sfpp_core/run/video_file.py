@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..outputs import OutputPath, is_video, split_pattern
 from ..video import Pictures
-from .durable import aside_folder, move_aside
+from .aside import aside_folder, move_aside
 from .growing_video import GrowingVideo, cut_video, finish_video
 
 
