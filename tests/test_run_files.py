@@ -1,8 +1,10 @@
 """The files of a run: damage is told apart from a run, one process at a time, and a video is gone on with."""
 
+import errno
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -14,7 +16,7 @@ from wan_files import SMALL_2_1, SMALL_2_2, write_tiny, write_wan
 
 from sfpp_core import demo
 from sfpp_core.decoder import check_decoder, load_decoder
-from sfpp_core.encoder import video_info
+from sfpp_core.encoder import find_ffmpeg, video_info
 from sfpp_core.errors import CheckpointError, OutputError, SettingsError, SFPPError
 from sfpp_core.geometry import VideoGeometry
 from sfpp_core.latents_file import load_latents
@@ -291,6 +293,67 @@ def test_a_damaged_video_is_cut_and_never_an_error(tmp_path, monkeypatch, place)
         assert kept in (0, 20, 40)
         write(path, 45, first=kept)
         assert video_info(path).frames == 45
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 1 MB, if this system lets us mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no disk can be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_finished_video_survives_a_full_disk_and_is_taken_apart_later(small_disk, monkeypatch):
+    monkeypatch.setattr(growing_video, "PART_FRAMES", 20)
+    path, filler = small_disk / "a.mp4", small_disk / "filler"
+    write(path, 45)
+    growing = path.read_bytes()
+    finish_video(path)
+    finished = path.read_bytes()
+    with pytest.raises(OSError, match="No space"), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    with pytest.raises(OutputError, match=r"a\.mp4.*No space left on device; free some room"):
+        cut_video(path, frames=45, **LOOK)
+    assert path.read_bytes() == finished
+    assert sorted(entry.name for entry in small_disk.iterdir()) == ["a.mp4", "filler"]
+    filler.unlink()
+    assert cut_video(path, frames=45, **LOOK) == 40
+    assert path.read_bytes() == growing
+
+
+def test_a_finished_video_that_cannot_be_taken_apart_stays(tmp_path, monkeypatch):
+    path = tmp_path / "a.mp4"
+    write(path, 9)
+    finish_video(path)
+    finished = path.read_bytes()
+
+    def refuse(_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OutputError, match="Read-only file system; choose another folder"):
+        cut_video(path, frames=9, **LOOK)
+    with pytest.raises(OutputError, match="Read-only file system"):
+        finish_video(path)
+    assert path.read_bytes() == finished
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_finished_video_of_another_encoder_is_not_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(growing_video, "PART_FRAMES", 20)
+    path, other = tmp_path / "a.mp4", tmp_path / "other.mp4"
+    write(path, 45)
+    finish_video(path)
+    command = [find_ffmpeg(), "-i", str(path), "-c:v", "libx264", "-preset", "medium", str(other)]
+    subprocess.run(command, capture_output=True, check=True)
+    content = other.read_bytes()
+    assert cut_video(other, frames=45, **LOOK) == 0
+    assert other.read_bytes() == content
 
 
 # --- decoders that begin in the middle --------------------------------------------------------------------
