@@ -200,12 +200,11 @@ def _take_apart(path: Path, head: bytes) -> bool:
     assert process.stdout is not None
     try:
         with whole_file(path) as part, part.open("wb") as file:
-            if not _loosen(process.stdout, file, head):
-                raise _AnotherVideoError
+            frames = _loosen(process.stdout, file, head)
             status = process.wait()
             if status < 0:
                 raise OutputError(f"{path}: ffmpeg was killed by signal {-status}; start again.")
-            if status:
+            if status or not frames:
                 raise _AnotherVideoError
     except _AnotherVideoError:
         return False
@@ -219,13 +218,13 @@ class _AnotherVideoError(Exception):
     """A file is no video that parts can be joined to."""
 
 
-def _loosen(stream: IO[bytes], file: IO[bytes], head: bytes) -> bool:
-    """Write the fragments of a stream behind ``head``, sealed part by part; return whether they fit it."""
+def _loosen(stream: IO[bytes], file: IO[bytes], head: bytes) -> int:
+    """Write the fragments of a stream behind ``head``, sealed part by part; return their frames."""
     digest, index, frames, sealed = new_digest(), head, 0, 0
     while (found := read_box(stream))[0]:
         kind, content = found
         if kind == "moov" and codec_of(content) != codec_of(head):
-            return False
+            raise _AnotherVideoError
         if kind == "moof":
             index += content
             frames += samples(content)
@@ -236,7 +235,7 @@ def _loosen(stream: IO[bytes], file: IO[bytes], head: bytes) -> bool:
             if frames % PART_FRAMES == 0 and frames > sealed:
                 file.write(seal(digest.digest()))
                 digest, sealed = new_digest(), frames
-    return frames > 0
+    return frames
 
 
 def _copying(source: Path) -> list[str]:
