@@ -1,8 +1,10 @@
 """Where a run keeps what it does not need any more; nothing is ever deleted."""
 
+import errno
 import time
 from pathlib import Path
 
+from ..durable import copy_file
 from ..errors import OutputError
 
 ASIDE = "aside"
@@ -21,11 +23,22 @@ def move_aside(path: Path, aside: Path) -> None:
         target = aside / f"{path.stem}_{further}{path.suffix}"
     try:
         aside.mkdir(parents=True, exist_ok=True)
-        path.replace(target)
+        _move(path, target)
     except OSError as error:
         raise OutputError(
             f"{path} cannot be moved to {aside}: {error.strerror or error}; nothing was changed."
         ) from error
+
+
+def _move(path: Path, target: Path) -> None:
+    """Move a file or folder; a file to another disk, too."""
+    try:
+        path.replace(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV or not path.is_file():
+            raise
+        copy_file(path, target)
+        path.unlink()
 
 
 def aside_folder(run: Path) -> Path:

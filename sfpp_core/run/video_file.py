@@ -89,7 +89,8 @@ class PictureFolder:
 
     def _move(self, numbers: range, run: Path) -> None:
         aside = aside_folder(run) / "pictures"
-        for number in numbers:
+        # The last one first: whenever this ends, those that are left follow each other without a gap.
+        for number in reversed(numbers):
             move_aside(self.folder / (self.name % number), aside)
 
     def _pictures(self) -> int:
