@@ -6,7 +6,7 @@ For front ends without a graph; the command line is one.
 import logging
 import shutil
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -104,12 +104,13 @@ def _produce_twice(planned: Plan, run: Run, choices: Choices, report: Callable[[
     except torch.OutOfMemoryError as error:
         trouble = str(error).partition("\n")[0]
     # Outside of the handler: what the error holds on to would take the memory that is needed now.
+    decoder = load_planned_decoder(planned, torch.device("cpu"))
+    loaded = loaded and replace(loaded, decoder=decoder)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     said = f"the GPU ran out of memory at chunk {run.kept} ({trouble:.100}); the decoder goes on on the CPU"
     run.say(said)
     logger.warning("%s: %s.", run.folder, said)
-    decoder = load_planned_decoder(planned, torch.device("cpu"))
     try:
         return _produce(planned, run, choices, _Models(loaded, decoder), report)
     except torch.OutOfMemoryError as error:
