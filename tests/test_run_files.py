@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_run import GEOMETRY, chunk, make, wanted
 from wan_files import SMALL_2_1, SMALL_2_2, write_tiny, write_wan
 
 from sfpp_core import demo
 from sfpp_core.decoder import check_decoder, load_decoder
 from sfpp_core.encoder import find_ffmpeg, video_info
 from sfpp_core.errors import CheckpointError, OutputError, SettingsError, SFPPError
-from sfpp_core.geometry import VideoGeometry
 from sfpp_core.latents_file import load_latents
 from sfpp_core.run import growing_video
-from sfpp_core.run.agreement import Wanted, chunks_before
+from sfpp_core.run.agreement import chunks_before
 from sfpp_core.run.fingerprint import fingerprint
 from sfpp_core.run.folder import open_run
 from sfpp_core.run.growing_video import GrowingVideo, cut_video, finish_video
@@ -32,25 +32,12 @@ from sfpp_core.video import Writer
 
 ROOT = Path(__file__).parent.parent
 LOOK = {"width": 32, "height": 32, "fps": 16, "enlarge": 1}
-GEOMETRY = VideoGeometry(height=16, width=32, frames=57)
-
-
-def wanted(text=lambda _: "a cat", **fields):
-    given = {"space": "wan2.1", "geometry": GEOMETRY, "decisions": {"seed": 3}, "request": {}, "text": text}
-    return Wanted(**{**given, **fields})
-
-
-def chunk(number):
-    return torch.randn(1, 16, 3, 2, 4, generator=torch.Generator().manual_seed(number))
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A run of which all five chunks are made."""
-    with open_run(tmp_path / "run", wanted()) as run:
-        for number in range(run.chunks):
-            run.add(number, chunk(number))
-    return tmp_path / "run"
+    return make(tmp_path / "run")
 
 
 def flip(content, seed):

@@ -23,6 +23,9 @@ def good_chunks(
     """Return how many chunks are whole and those of ``keys``, from the first; and what the next one lacks.
 
     Every number of every chunk is read and compared with its checksum.
+
+    Raises:
+        CheckpointError: A chunk cannot be read, whatever it may hold.
     """
     good, before = 0, ""
     for key in keys:
@@ -32,6 +35,8 @@ def good_chunks(
         try:
             check_chunk(path, good, Link(key=key, before=before), geometry=geometry, space=space)
         except CheckpointError as error:
+            if isinstance(error.__cause__, OSError):  # nothing is known of what it holds
+                raise CheckpointError(f"{error} See that it can be read, and start again.") from error
             return good, str(error)
         good, before = good + 1, key
     return good, ""
