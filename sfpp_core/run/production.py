@@ -86,7 +86,7 @@ def produce(planned: Plan, run: Run, choices: Choices, *, report: Callable[[Prog
         OutputError: The disk is full or the encoder died; what came before is kept.
     """
     frames = planned.geometry.frames
-    if run.complete and run.manifest.video == {**_shown(planned).state(), "frames": frames}:
+    if run.complete and run.manifest.video == {**shown_at(planned.recording).state(), "frames": frames}:
         return Outcome(frames=frames, seconds=0.0, complete=True, before=frames)
     try:
         return _produce_twice(planned, run, choices, report)
@@ -133,7 +133,7 @@ def _produce(
     planned: Plan, run: Run, choices: Choices, models: _Models, report: Callable[[Progress], None]
 ) -> Outcome:
     """Make what a run lacks, once."""
-    geometry, shown = planned.geometry, _shown(planned)
+    geometry, shown = planned.geometry, shown_at(planned.recording)
     right = geometry.frames_until(run.kept - 1)
     if run.manifest.shown is not None:
         right = min(right, run.manifest.shown)
@@ -199,18 +199,6 @@ def _finish(run: Run, shown: VideoFile | PictureFolder) -> None:
     run.change(video={**shown.state(), "frames": run.manifest.geometry.frames})
 
 
-def _shown(planned: Plan) -> VideoFile | PictureFolder:
-    """Return where the frames of a run go."""
-    recording = planned.recording
-    return shown_at(
-        recording.out,
-        width=recording.width,
-        height=recording.height,
-        fps=recording.fps,
-        enlarge=recording.enlarge,
-    )
-
-
 def wanted_of(planned: Plan, choices: Choices) -> Wanted:
     """Return what the run of a plan should be."""
     return Wanted(
@@ -273,7 +261,7 @@ def _take_look(planned: Plan, run: Run) -> None:
         said = f"the video is made again as {look.out}, with {look.decoder}; the earlier one is kept"
         run.say(said)
         logger.warning("%s: %s.", run.folder, said)
-    _shown(planned).put_aside(run.folder)
+    shown_at(planned.recording).put_aside(run.folder)
     run.change(look=look, shown=None, video={})
 
 
