@@ -9,13 +9,12 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..arithmetic import fast_products
-from ..config import to_table
+from ..deciding import decisions_of
 from ..decoder import PREVIEW, StreamingDecoder
 from ..errors import OutputError
 from ..generate import Loaded, load, load_planned_decoder
@@ -211,32 +210,6 @@ def wanted_of(planned: Plan, choices: Choices) -> Wanted:
         branch=choices.branch,
         anew=choices.anew,
     )
-
-
-def decisions_of(planned: Plan) -> dict[str, Any]:
-    """Return all that decides the chunks of a plan but for the text. Files count by what they hold."""
-    request = planned.request
-    texts = {
-        "words": request.words,
-        "text encoder": request.text_encoder,
-        "tokenizer": request.tokenizer,
-        "start": request.start,
-        "encoder": request.encoder,
-    }
-    controls = {"anchor": request.anchor, "context sigma": request.context_sigma}
-    return {
-        "student": fingerprint(planned.student.path),
-        "weights": request.weights,
-        "loras": [[fingerprint(path), strength] for path, strength in request.loras],
-        **{name: fingerprint(path) for name, path in texts.items() if path is not None},
-        "seed": request.seed,
-        "settings": to_table(planned.settings),
-        **{name: value for name, value in controls.items() if value},
-        "cache": request.storage,
-        "device": planned.device.type,
-        "dtype": str(planned.dtype)[6:],
-        "attention": planned.attend.__name__.strip("_"),
-    }
 
 
 def look_of(planned: Plan) -> Look:
