@@ -4,12 +4,12 @@ import errno
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
+import disks
 import pytest
 import torch
 from small_run import GEOMETRY, chunk, make, wanted
@@ -284,14 +284,9 @@ def test_a_damaged_video_is_cut_and_never_an_error(tmp_path, monkeypatch, place)
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 1 MB, if this system lets us mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("no disk can be mounted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    (tmp_path / "disk").mkdir()
+    with disks.small_disk(tmp_path / "disk", "1m") as disk:
+        yield disk
 
 
 def test_a_finished_video_survives_a_full_disk_and_is_taken_apart_later(small_disk, monkeypatch):
@@ -301,9 +296,7 @@ def test_a_finished_video_survives_a_full_disk_and_is_taken_apart_later(small_di
     growing = path.read_bytes()
     finish_video(path)
     finished = path.read_bytes()
-    with pytest.raises(OSError, match="No space"), filler.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
+    disks.fill(filler)
     with pytest.raises(OutputError, match=r"a\.mp4.*No space left on device; free some room"):
         cut_video(path, frames=45, **LOOK)
     assert path.read_bytes() == finished
