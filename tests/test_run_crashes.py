@@ -19,8 +19,10 @@ from small_run import GEOMETRY, chunk, make, wanted
 from sfpp_core import cli
 from sfpp_core.errors import CheckpointError, OutputError, SettingsError
 from sfpp_core.run import folder as folder_module
+from sfpp_core.run import manifest as manifest_module
 from sfpp_core.run import video_file
 from sfpp_core.run.aside import move_aside
+from sfpp_core.run.describe import run_lines
 from sfpp_core.run.folder import open_run
 from sfpp_core.run.lock import RunLock
 from sfpp_core.run.manifest import read_manifest
@@ -125,6 +127,25 @@ def test_a_death_in_the_middle_of_a_restart_locks_nobody_out(folder, monkeypatch
     make(folder, wanted(anew=again))
     there = {Path(name).name: content for name, content in files_of(folder).items()}
     assert all(there[Path(name).name] == content for name, content in before.items() if "json" not in name)
+
+
+# --- what is said of it -----------------------------------------------------------------------------------
+
+
+def test_a_run_of_another_front_end_is_not_sent_to_the_command_line(tmp_path):
+    for name, request, expected in (
+        ("a", {"front end": "ComfyUI"}, "stopped at 0.5625 s; queue it again"),
+        ("b", {"prompt": "a cat", "out": "a.mp4"}, f"generate --run {tmp_path / 'b'}"),
+    ):
+        with open_run(tmp_path / name, wanted(request=request)) as run:
+            run.add(0, chunk(0))
+        assert expected in run_lines(tmp_path / name)[1]
+
+
+def test_a_manifest_that_is_too_large_says_what_can_be_done(folder, monkeypatch):
+    monkeypatch.setattr(manifest_module, "LARGEST", 10)
+    with pytest.raises(CheckpointError, match=r"which no manifest has.*--restart"):
+        open_run(folder, wanted())
 
 
 # --- seconds ----------------------------------------------------------------------------------------------
