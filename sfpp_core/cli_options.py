@@ -178,14 +178,16 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("run", said).add_argument
     add("--run", type=Path, metavar="FOLDER", help="its folder; what is not said again is as it was")
     add("--extend", type=float, metavar="S", help="make a complete run longer by so many seconds")
-    add("--from", dest="seconds_kept", type=float, metavar="S", help="make it anew from this second on")
+    said = "keep what comes before this second; make anew what follows"
+    add("--from", dest="seconds_kept", type=float, metavar="S", help=said)
     add(
         "--branch", type=Path, metavar="OLD", help="let a new run share its beginning, up to --from, with OLD"
     )
     add("--restart", action="store_true", help="begin again; what is there is moved aside, never deleted")
     said = "how the past is recalled: all of it, exactly, or the last windows; auto is all of a short past"
     add("--replay", choices=get_args(Replay), default="auto", help=said)
-    said = "keep keys and values too, every N chunks and at the end: a run goes on exactly, and at once"
+    said = "keep keys and values too, every N chunks and at the end: a run goes on exactly, and at once; "
+    said += "they take as much of the disk as of memory (default 0: never)"
     add("--keep-cache", type=int, default=0, metavar="N", help=said)
 
 
@@ -196,9 +198,11 @@ def _add_output_options(command: argparse.ArgumentParser, *, required: bool) -> 
         "--out",
         required=required,
         metavar="PATH",
-        help="video to write: name.mp4, or a folder for PNG pictures",
+        help="video to write: name.mp4, or a folder for PNG pictures"
+        + ("" if required else f" (of a run: {VIDEO} in its folder)"),
     )
-    add("--enlarge", type=int, metavar="N", help="show each pixel as N x N (default: about 512 pixels high)")
+    said = "show each pixel as N x N (default: up to 512 pixels a side)"
+    add("--enlarge", type=int, metavar="N", help=said)
     add("--quiet", action="store_true", help="only warnings and errors")
 
 

@@ -3,7 +3,6 @@
 import csv
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -15,6 +14,7 @@ from torch import Tensor
 from . import drift_faults, drift_plot
 from .drift import Borders, DriftMeter, Second
 from .drift_faults import FAULTS, LEAST_SECONDS, Fault, find_faults
+from .durable import whole_file, write_text
 from .errors import OutputError
 from .outputs import check_folder
 
@@ -188,11 +188,12 @@ class ReportFiles:
             OutputError: The disk is full, or a file cannot be written.
         """
         if self.csv is not None:
-            _write(self.csv, lambda part: part.write_text(report.as_csv(), encoding="utf-8"))
+            write_text(self.csv, report.as_csv())
         if self.json is not None:
-            _write(self.json, lambda part: part.write_text(report.as_json(), encoding="utf-8"))
+            write_text(self.json, report.as_json())
         if self.plot is not None:
-            _write(self.plot, lambda part: drift_plot.save_plot(report, part))
+            with whole_file(self.plot) as part:
+                drift_plot.save_plot(report, part)
         return [path for path in (self.csv, self.json, self.plot) if path is not None]
 
 
@@ -284,16 +285,3 @@ def _rounded(second: Second) -> dict[str, float | int | None]:
     """Return a row with numbers as long as they mean something."""
     row = asdict(second)
     return {name: round(value, 5) if isinstance(value, float) else value for name, value in row.items()}
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place and move it there."""
-    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # the ending tells matplotlib the kind
-    try:
-        write(part)
-        part.replace(path)
-    except OSError as error:
-        why = error.strerror or error
-        raise OutputError(f"{path} cannot be written ({why}); free room or choose another place.") from error
-    finally:
-        part.unlink(missing_ok=True)

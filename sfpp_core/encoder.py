@@ -4,7 +4,6 @@ ffmpeg is the binary that imageio-ffmpeg brings along; it comes without ffprobe.
 """
 
 import contextlib
-import errno
 import os
 import re
 import subprocess
@@ -18,6 +17,7 @@ from typing import IO
 
 import numpy as np
 
+from .durable import unwritable
 from .errors import OutputError
 from .outputs import OutputPath
 
@@ -132,10 +132,7 @@ class Encoder:
         status = self._process.wait()
         self._listener.join()
         if self._trouble is not None:
-            full = self._trouble.errno == errno.ENOSPC
-            remedy = "free some room or write to another disk" if full else "choose another folder"
-            why = self._trouble.strerror or self._trouble
-            raise OutputError(f"{self._path} cannot be written ({why}); {remedy}.") from self._trouble
+            raise unwritable(self._path, self._trouble) from self._trouble
         if status:
             raise self._failure(status)
 

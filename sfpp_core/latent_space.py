@@ -108,6 +108,23 @@ class LatentSpace:
             )
 
 
+class InSpace:
+    """What encodes or decodes the latents of one space."""
+
+    space: LatentSpace
+    """The space."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of the latents."""
+        return self.space.channels
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels along a side of one latent cell."""
+        return self.space.spatial_stride
+
+
 DEMO = LatentSpace(name="demo", channels=16, spatial_stride=8)
 """The demo's, whose autoencoder normalises by itself."""
 

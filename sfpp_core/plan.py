@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -14,7 +13,8 @@ from .beginning import Beginning, read_beginning
 from .cache_shape import Bytes
 from .checkpoint import check_student
 from .compute import decoder_dtype, device_named, dtype_named, threads_for, tiles_rest_on
-from .config import RolloutSettings, StudentConfig, to_table
+from .config import RolloutSettings, StudentConfig
+from .deciding import digest_of
 from .decoder import DecoderInfo, check_decoder, check_encoder
 from .decoder_memory import decoder_bytes
 from .drift_report import ReportFiles
@@ -102,29 +102,8 @@ class Plan:
             chunks=geometry.chunks,
             seed=self.request.seed,
             prompt=self.request.prompt,
-            run=self._digest(),
+            run=digest_of(self),
         )
-
-    def _digest(self) -> str:
-        """Return a digest of what else decides the video."""
-        request = self.request
-        texts = (request.words, request.text_encoder, request.tokenizer)
-        models = (self.student.path, request.encoder, *(path for path, _ in request.loras))
-        files = (*models, *texts, request.start)
-        named = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path]
-        settings = (to_table(self.settings), request.weights, request.loras, request.storage)
-        made = (
-            named,
-            str(request.switch),
-            request.anchor,
-            request.context_sigma,
-            settings,
-            self.geometry.lead,
-            str(self.dtype),
-            self.device.type,
-            request.attention,
-        )
-        return blake2b(repr(made).encode(), digest_size=8).hexdigest()
 
     def lines(self) -> list[str]:
         """Return what will be made, for people."""

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from .geometry import TEMPORAL_STRIDE
-from .latent_space import LatentSpace, constant
+from .latent_space import InSpace, LatentSpace, constant
 
 
-class PreviewDecoder:
+class PreviewDecoder(InSpace):
     """Colours that are linear in the latents, enlarged to the size and the length of the video.
 
     Use::
@@ -25,16 +25,6 @@ class PreviewDecoder:
         """Draw latents of a space whose colours are known."""
         self.space = space
         self._size: tuple[int, ...] | None = None
-
-    @property
-    def channels(self) -> int:
-        """Channels of the latents."""
-        return self.space.channels
-
-    @property
-    def spatial_stride(self) -> int:
-        """Pixels along a side of one latent cell."""
-        return self.space.spatial_stride
 
     @torch.inference_mode()
     def decode(self, chunk: Tensor) -> Tensor:

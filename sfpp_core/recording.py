@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -66,6 +67,11 @@ class Recording:
     chunks: int
     """Chunks of the whole video."""
 
+    @property
+    def picture(self) -> dict[str, Any]:
+        """How its frames become pictures, by the names that whatever writes them has for it."""
+        return {name: getattr(self, name) for name in ("width", "height", "fps", "enlarge")}
+
 
 def record(
     pieces: Iterator[Tensor],
@@ -95,13 +101,7 @@ def record(
     complete, start = False, time.perf_counter()
     before = before or Progress(chunks=0, total_chunks=recording.chunks, frames=0)
     done = before.frames
-    writer = writer or open_writer(
-        recording.out,
-        width=recording.width,
-        height=recording.height,
-        fps=recording.fps,
-        enlarge=recording.enlarge,
-    )
+    writer = writer or open_writer(recording.out, **recording.picture)
     try:
         with writer:
             for chunk, frames in enumerate(pieces, start=before.chunks):

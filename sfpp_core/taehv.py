@@ -22,7 +22,7 @@ from torch.nn.functional import interpolate, pixel_shuffle
 from .errors import CheckpointError
 from .geometry import TEMPORAL_STRIDE
 from .inspection import listed
-from .latent_space import WAN_2_1, WAN_2_2, LatentSpace
+from .latent_space import WAN_2_1, WAN_2_2, InSpace, LatentSpace
 from .weights import Weights
 from .weights_file import DTYPES
 
@@ -107,7 +107,7 @@ def _layers(sizes: TinySizes) -> nn.ModuleDict:
     return nn.ModuleDict(layers)
 
 
-class TinyWanDecoder(nn.Module):
+class TinyWanDecoder(InSpace, nn.Module):
     """Latents of Wan to frames; all latent frames of a chunk at once.
 
     Use::
@@ -138,16 +138,6 @@ class TinyWanDecoder(nn.Module):
         if not sizes.normalised:
             logger.info("%s is no float16 file and taken for LightX2V's, whose latents differ.", weights.path)
         return decoder.eval().requires_grad_(False)
-
-    @property
-    def channels(self) -> int:
-        """Channels of the latents."""
-        return self.space.channels
-
-    @property
-    def spatial_stride(self) -> int:
-        """Pixels along a side of one latent cell."""
-        return self.space.spatial_stride
 
     @torch.inference_mode()
     def decode(self, chunk: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .decoder import StreamingDecoder
 from .errors import RolloutOrderError, SettingsError
+from .latent_space import InSpace
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Span:
     """``(pixels,)``; at each place the shares of all tiles sum to 1."""
 
 
-class TiledDecoder:
+class TiledDecoder(InSpace):
     """Decodes one tile of a chunk after the other, with a memory per tile.
 
     At work it needs the memory of one tile, not of the whole picture; what the tiles remember together is a
@@ -71,16 +72,6 @@ class TiledDecoder:
         self._tiles: list[StreamingDecoder] = []
         self._shares: list[Tensor] = []
         self._broken = False
-
-    @property
-    def channels(self) -> int:
-        """Channels of the latents."""
-        return self._decoder.channels
-
-    @property
-    def spatial_stride(self) -> int:
-        """Pixels along a side of one latent cell."""
-        return self._decoder.spatial_stride
 
     @torch.inference_mode()
     def decode(self, chunk: Tensor) -> Tensor:

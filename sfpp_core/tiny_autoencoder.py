@@ -21,7 +21,7 @@ from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle, sil
 
 from .errors import CheckpointError, RolloutOrderError
 from .geometry import TEMPORAL_STRIDE
-from .latent_space import DEMO, LatentSpace
+from .latent_space import DEMO, InSpace
 from .weights_file import DTYPES, read_header, read_tensors, write
 
 METADATA_KEY = "sfpp_decoder"
@@ -146,7 +146,7 @@ class Decoder(nn.Module):
         return torch.lerp(fields[:, 0], fields[:, 1], share.to(fields.dtype))
 
 
-class TinyAutoencoder(nn.Module):
+class TinyAutoencoder(InSpace, nn.Module):
     """Encoder and streaming decoder of the demo world.
 
     Latents are normalised at this surface: zero mean and unit variance per channel.
@@ -170,18 +170,8 @@ class TinyAutoencoder(nn.Module):
         self.decoder = Decoder(self.config)
         self.register_buffer("mean", torch.zeros(self.config.channels))
         self.register_buffer("std", torch.ones(self.config.channels))
-        self.space: LatentSpace = replace(DEMO, channels=self.config.channels)
+        self.space = replace(DEMO, channels=self.config.channels)
         self._state: State = []
-
-    @property
-    def channels(self) -> int:
-        """Channels of the latents."""
-        return self.space.channels
-
-    @property
-    def spatial_stride(self) -> int:
-        """Pixels along a side of one latent cell."""
-        return self.space.spatial_stride
 
     @torch.inference_mode()
     def encode(self, frames: Tensor) -> Tensor:

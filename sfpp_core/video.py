@@ -4,7 +4,6 @@ Legend: F frames, H W height and width in pixels.
 """
 
 import contextlib
-import errno
 import logging
 import time
 from collections import deque
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .durable import unwritable
 from .encoder import FRAGMENT_SECONDS, Encoder, VideoInfo, video_info
 from .errors import GeometryError, OutputError, SettingsError
 from .geometry import FPS
@@ -244,9 +244,7 @@ class Pictures:
         except OSError as error:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
-            full = error.errno == errno.ENOSPC
-            remedy = "Free some room or write to another disk." if full else "Choose another folder."
-            raise OutputError(f"{final} cannot be written ({error.strerror}). {remedy}") from error
+            raise unwritable(final, error) from error
         self._frames += 1
 
     def finish(self) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .errors import CheckpointError, RolloutOrderError, SFPPError
 from .geometry import TEMPORAL_STRIDE
 from .inspection import listed
-from .latent_space import WAN_2_1, WAN_2_2, LatentSpace
+from .latent_space import WAN_2_1, WAN_2_2, InSpace, LatentSpace
 from .wan_names import diffusers_name
 from .weights import Weights
 from .weights_file import DTYPES
@@ -155,7 +155,7 @@ def _converted(weights: Weights, dtype: torch.dtype) -> Iterator[tuple[str, Tens
         yield diffusers_name(name), tensor.to(dtype)
 
 
-class _Half(nn.Module):
+class _Half(InSpace, nn.Module):
     """What encoder and decoder have in common: a latent space, and the memory of one video."""
 
     def __init__(self, sizes: WanSizes) -> None:
@@ -163,16 +163,6 @@ class _Half(nn.Module):
         self.sizes, self.space = sizes, sizes.space
         self._state: State = []
         self._size: tuple[int, ...] | None = None
-
-    @property
-    def channels(self) -> int:
-        """Channels of the latents."""
-        return self.space.channels
-
-    @property
-    def spatial_stride(self) -> int:
-        """Pixels along a side of one latent cell."""
-        return self.space.spatial_stride
 
     def rest(self, device: torch.device | str) -> None:
         """Keep the memory of the video on ``device`` until the next call."""

@@ -6,7 +6,6 @@ A file that is something else is named for what it is, since that is the mistake
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from io import BufferedReader
@@ -16,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError, OutputError
+from .durable import whole_file
+from .errors import CheckpointError
 
 LARGEST_HEADER = 100_000_000
 """Bytes of the largest header accepted, the limit of the safetensors format."""
@@ -297,22 +297,10 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         OutputError: The folder does not exist, is not writable, or is full.
     """
     header = _header_bytes(tensors, metadata)
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        part = Path(name)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(header)
-                for key in sorted(tensors):
-                    file.write(_bytes_of(tensors[key]))
-                file.flush()
-                os.fsync(file.fileno())
-            part.chmod(0o644)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
+    with whole_file(path) as part, part.open("wb") as file:
+        file.write(header)
+        for key in sorted(tensors):
+            file.write(_bytes_of(tensors[key]))
 
 
 def _header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -316,16 +316,7 @@ def test_without_its_configuration_a_file_of_peft_is_taken_at_alpha_equal_to_ran
 
 def transformer_of_diffusers():
     """Return the tiny student as diffusers has it."""
-    from diffusers import WanTransformer3DModel
-
-    transformer = WanTransformer3DModel(
-        num_attention_heads=tiny.CONFIG.heads,
-        attention_head_dim=tiny.CONFIG.head_dim,
-        text_dim=tiny.CONFIG.text_dim,
-        ffn_dim=tiny.CONFIG.ffn_dim,
-        num_layers=tiny.CONFIG.layers,
-        cross_attn_norm=True,
-    )
+    transformer = tiny.transformer_of_diffusers()
     transformer.load_state_dict(
         {of_diffusers(name): weight for name, weight in tiny.network().state_dict().items()}
     )

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import disks
 import pytest
 import torch
 from run_commands import latents, made_of, manifest
@@ -113,14 +114,9 @@ def test_a_run_killed_and_recalled_from_its_last_windows_is_as_close_as_is_said(
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 6 MB, if this system lets us mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("no disk can be mounted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    (tmp_path / "disk").mkdir()
+    with disks.small_disk(tmp_path / "disk", "6m") as disk:
+        yield disk
 
 
 def _has_frames(video):
@@ -138,9 +134,7 @@ def test_a_full_disk_ends_a_run_and_harms_nothing(whole, small_disk):
     while len(list((run / "latents").glob("*.safetensors"))) < 4 or not _has_frames(video):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
-    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(65536))
+    disks.fill(filler)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 1, said
     assert "No space left on device" in said

@@ -1,5 +1,6 @@
 """The files of a run: damage is told apart from a run, one process at a time, and a video is gone on with."""
 
+import errno
 import json
 import os
 import random
@@ -8,18 +9,19 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import disks
 import pytest
 import torch
+from small_run import GEOMETRY, chunk, make, wanted
 from wan_files import SMALL_2_1, SMALL_2_2, write_tiny, write_wan
 
 from sfpp_core import demo
 from sfpp_core.decoder import check_decoder, load_decoder
-from sfpp_core.encoder import video_info
+from sfpp_core.encoder import find_ffmpeg, video_info
 from sfpp_core.errors import CheckpointError, OutputError, SettingsError, SFPPError
-from sfpp_core.geometry import VideoGeometry
 from sfpp_core.latents_file import load_latents
 from sfpp_core.run import growing_video
-from sfpp_core.run.agreement import Wanted, chunks_before
+from sfpp_core.run.agreement import chunks_before
 from sfpp_core.run.fingerprint import fingerprint
 from sfpp_core.run.folder import open_run
 from sfpp_core.run.growing_video import GrowingVideo, cut_video, finish_video
@@ -30,25 +32,12 @@ from sfpp_core.video import Writer
 
 ROOT = Path(__file__).parent.parent
 LOOK = {"width": 32, "height": 32, "fps": 16, "enlarge": 1}
-GEOMETRY = VideoGeometry(height=16, width=32, frames=57)
-
-
-def wanted(text=lambda _: "a cat", **fields):
-    given = {"space": "wan2.1", "geometry": GEOMETRY, "decisions": {"seed": 3}, "request": {}, "text": text}
-    return Wanted(**{**given, **fields})
-
-
-def chunk(number):
-    return torch.randn(1, 16, 3, 2, 4, generator=torch.Generator().manual_seed(number))
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A run of which all five chunks are made."""
-    with open_run(tmp_path / "run", wanted()) as run:
-        for number in range(run.chunks):
-            run.add(number, chunk(number))
-    return tmp_path / "run"
+    return make(tmp_path / "run")
 
 
 def flip(content, seed):
@@ -173,6 +162,16 @@ def test_a_process_that_dies_before_the_chunks_are_moved_finds_the_same_again(fo
         assert run.manifest.shown == 21
 
 
+def test_what_a_kill_left_half_written_takes_no_room_for_ever(folder):
+    names = ".part.abc.cache.safetensors", "latents/.part.abc.chunk_000001.safetensors"
+    parts = [folder / name for name in names]
+    for part in parts:
+        part.write_bytes(b"half")
+    with open_run(folder, wanted()) as run:
+        assert run.kept == run.chunks
+    assert not any(part.exists() for part in parts)
+
+
 @pytest.mark.parametrize(
     ("seconds", "chunks"), [(0, 0), (0.5, 0), (0.5625, 1), (1.25, 1), (1.3125, 2), (9, 12)]
 )
@@ -281,6 +280,60 @@ def test_a_damaged_video_is_cut_and_never_an_error(tmp_path, monkeypatch, place)
         assert kept in (0, 20, 40)
         write(path, 45, first=kept)
         assert video_info(path).frames == 45
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    (tmp_path / "disk").mkdir()
+    with disks.small_disk(tmp_path / "disk", "1m") as disk:
+        yield disk
+
+
+def test_a_finished_video_survives_a_full_disk_and_is_taken_apart_later(small_disk, monkeypatch):
+    monkeypatch.setattr(growing_video, "PART_FRAMES", 20)
+    path, filler = small_disk / "a.mp4", small_disk / "filler"
+    write(path, 45)
+    growing = path.read_bytes()
+    finish_video(path)
+    finished = path.read_bytes()
+    disks.fill(filler)
+    with pytest.raises(OutputError, match=r"a\.mp4.*No space left on device; free some room"):
+        cut_video(path, frames=45, **LOOK)
+    assert path.read_bytes() == finished
+    assert sorted(entry.name for entry in small_disk.iterdir()) == ["a.mp4", "filler"]
+    filler.unlink()
+    assert cut_video(path, frames=45, **LOOK) == 40
+    assert path.read_bytes() == growing
+
+
+def test_a_finished_video_that_cannot_be_taken_apart_stays(tmp_path, monkeypatch):
+    path = tmp_path / "a.mp4"
+    write(path, 9)
+    finish_video(path)
+    finished = path.read_bytes()
+
+    def refuse(_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OutputError, match="Read-only file system; choose another folder"):
+        cut_video(path, frames=9, **LOOK)
+    with pytest.raises(OutputError, match="Read-only file system"):
+        finish_video(path)
+    assert path.read_bytes() == finished
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_finished_video_of_another_encoder_is_not_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(growing_video, "PART_FRAMES", 20)
+    path, other = tmp_path / "a.mp4", tmp_path / "other.mp4"
+    write(path, 45)
+    finish_video(path)
+    command = [find_ffmpeg(), "-i", str(path), "-c:v", "libx264", "-preset", "medium", str(other)]
+    subprocess.run(command, capture_output=True, check=True)
+    content = other.read_bytes()
+    assert cut_video(other, frames=45, **LOOK) == 0
+    assert other.read_bytes() == content
 
 
 # --- decoders that begin in the middle --------------------------------------------------------------------

@@ -236,16 +236,7 @@ DIFFUSERS_NAMES = (
 
 
 def test_bidirectional_mode_equals_diffusers():
-    from diffusers import WanTransformer3DModel
-
-    transformer = WanTransformer3DModel(
-        num_attention_heads=tiny.CONFIG.heads,
-        attention_head_dim=tiny.CONFIG.head_dim,
-        text_dim=tiny.CONFIG.text_dim,
-        ffn_dim=tiny.CONFIG.ffn_dim,
-        num_layers=tiny.CONFIG.layers,
-        cross_attn_norm=True,
-    )
+    transformer = tiny.transformer_of_diffusers()
     weights = {}
     for name, tensor in tiny.network().state_dict().items():
         for ours, theirs in DIFFUSERS_NAMES:

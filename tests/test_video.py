@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import disks
 import numpy as np
 import pytest
 import torch
@@ -212,16 +213,8 @@ def test_a_dead_encoder_is_reported_and_its_frames_still_play(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 200 kB; skipped where none may be mounted."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(tmp_path)]
-    try:
-        done = subprocess.run(mount, capture_output=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("no mount command")
-    if done.returncode:
-        pytest.skip("may not mount a small disk")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=False)
+    with disks.small_disk(tmp_path, "200k") as disk:
+        yield disk
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "frame_%03d.png"])
@@ -245,9 +238,7 @@ def test_a_full_disk_is_reported_and_what_fitted_plays(small_disk, name):
 
 def test_a_disk_that_fills_up_in_the_last_fragment_is_reported_too(small_disk):
     writer = open_writer(small_disk / "a.mp4", width=64, height=64)
-    with pytest.raises(OSError, match="No space"), (small_disk / "other").open("wb", buffering=0) as other:
-        while True:
-            other.write(bytes(4096))
+    disks.fill(small_disk / "other")
     writer.write(noise(3))
     with pytest.raises(OutputError, match="No space left"):
         writer.close()

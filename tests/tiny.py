@@ -35,3 +35,17 @@ def latents(chunks, *, chunk=3, batch=1, size=(4, 6), seed=5):
     """Return random latents of whole chunks, ``(B, 16, T, H, W)``."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, CONFIG.channels, chunks * chunk, *size, generator=generator)
+
+
+def transformer_of_diffusers():
+    """Return a transformer of diffusers of the tiny student's sizes."""
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        num_attention_heads=CONFIG.heads,
+        attention_head_dim=CONFIG.head_dim,
+        text_dim=CONFIG.text_dim,
+        ffn_dim=CONFIG.ffn_dim,
+        num_layers=CONFIG.layers,
+        cross_attn_norm=True,
+    )

@@ -20,6 +20,7 @@ from torch import Tensor
 from sfpp_core import demo
 from sfpp_core.attention import matmul, sdpa
 from sfpp_core.config import RolloutSettings
+from sfpp_core.durable import write_text
 from sfpp_core.geometry import VideoGeometry
 from sfpp_core.sampler import LongSampler
 from sfpp_core.student import CausalStudent
@@ -174,9 +175,7 @@ class Shelf:
 
 def write_json(path: Path, table: Any, *, indent: int | None = None) -> None:
     """Write ``table`` to ``path``, whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(table, indent=indent))
-    partial.replace(path)
+    write_text(path, json.dumps(table, indent=indent))
 
 
 def read_second(table: Mapping[str, Any]) -> Second:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sfpp_core.durable import write_text
 from sfpp_core.text_cache import TextCache
 from sfpp_core.text_encoder import fill
 from training.config import ConfigError
@@ -39,10 +40,7 @@ def write_index(cache: TextCache, prompts: Sequence[str], negative: str) -> None
         "negative": negative,
         "prompts": list(prompts),
     }
-    path = cache.folder / INDEX
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(table, ensure_ascii=False, indent=0))
-    partial.replace(path)
+    write_text(cache.folder / INDEX, json.dumps(table, ensure_ascii=False, indent=0))
 
 
 class Texts:
@@ -60,7 +58,7 @@ class Texts:
         path = folder / INDEX
         if not path.is_file():
             raise ConfigError(f"{folder} holds no embeddings of prompts; run training.encode_prompts first.")
-        table = json.loads(path.read_text())
+        table = json.loads(path.read_text(encoding="utf-8"))
         self.prompts: tuple[str, ...] = tuple(table["prompts"])
         self.negative: str = table["negative"]
         self._cache = TextCache(

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..errors import SettingsError
-from ..geometry import VideoGeometry
+from ..errors import CheckpointError, SettingsError
+from ..geometry import LONGEST_SECONDS, VideoGeometry
 from ..latent_space import SPACES
 from ..latents_file import FOLDER
 from .chunks import good_chunks, share_chunks
@@ -46,6 +46,10 @@ class Wanted:
     anew: bool = False
     """Whether to move what is there aside and begin again."""
 
+    def __post_init__(self) -> None:
+        if self.seconds_kept is not None and not 0 <= self.seconds_kept <= LONGEST_SECONDS:
+            raise SettingsError(f"--from is {self.seconds_kept:g}; name a second of the video, e.g. 42.5.")
+
 
 def chunks_before(seconds: float, geometry: VideoGeometry) -> int:
     """Return how many chunks lie wholly before a second of the video."""
@@ -66,17 +70,29 @@ def begun(folder: Path, wanted: Wanted) -> Manifest:
         request=as_json(wanted.request),
         made_with=f"torch {torch.__version__}",
     )
-    if wanted.branch is None:
-        if wanted.seconds_kept:
-            raise SettingsError(f"{folder} holds no run to go on from; name the one to share with --branch.")
+    shared = shared_beginning(folder, wanted)
+    if wanted.branch is None or shared is None:
         return manifest
-    if wanted.branch.resolve() == folder.resolve():
-        raise SettingsError(f"{folder} cannot branch from itself; leave --branch out to change it in place.")
-    old = read_manifest(wanted.branch)
-    chunk = _place(wanted, old, wanted.branch)
+    old, chunk = shared
     sections = _cut(old.sections, chunk)
     share_chunks(wanted.branch / FOLDER, folder / FOLDER, chunks=chunk)
     return replace(manifest, sections=_joined(sections, wanted, chunk), branch=str(wanted.branch.resolve()))
+
+
+def shared_beginning(folder: Path, wanted: Wanted) -> tuple[Manifest, int] | None:
+    """Return the run that a new one in ``folder`` branches from, and the first chunk it does not share.
+
+    Raises:
+        SettingsError: It cannot be; what there is to keep or to share is said otherwise.
+    """
+    if wanted.branch is None:
+        if wanted.seconds_kept:
+            raise SettingsError(f"{folder} holds no run to go on from; name the one to share with --branch.")
+        return None
+    if wanted.branch.resolve() == folder.resolve():
+        raise SettingsError(f"{folder} cannot branch from itself; leave --branch out to change it in place.")
+    old = read_manifest(wanted.branch)
+    return old, _place(wanted, old, wanted.branch)
 
 
 def continued(before: Manifest, wanted: Wanted, folder: Path) -> Manifest:
@@ -98,10 +114,8 @@ def continued(before: Manifest, wanted: Wanted, folder: Path) -> Manifest:
     if first is not None and first == section.chunk:
         was, now = section.text(first), wanted.text(first)
         raise SettingsError(_other(folder, [f"the prompt was {was!r:.60} and is {now!r:.60}"], before))
-    texts = _texts(wanted, section.chunk)
-    if first is None and len(texts) <= len(section.texts):
-        texts = section.texts
-    return replace(new, sections=(*before.sections[:-1], replace(section, texts=texts)))
+    section = replace(section, texts=_texts(wanted, section.chunk))
+    return replace(new, sections=(*before.sections[:-1], section))
 
 
 def _first_other_text(section: Section, wanted: Wanted, before: Manifest) -> int | None:
@@ -143,6 +157,21 @@ def check_length(folder: Path, manifest: Manifest, before: Manifest, kept: int) 
             f"{folder} holds {min(there, before.geometry.frames) / before.geometry.fps:g} s and "
             f"{manifest.geometry.seconds:g} s are asked for; ask for at least as much, or --run a new "
             f"folder with --branch {folder} and --from."
+        )
+
+
+def check_sections(folder: Path, manifest: Manifest, kept: int, trouble: str) -> None:
+    """Refuse a run that lacks a chunk from before it was changed: made as the run is now, it is another.
+
+    Raises:
+        CheckpointError: It is so; the message says what can be done.
+    """
+    if kept < manifest.sections[-1].chunk:
+        seconds = manifest.geometry.frames_decoded(kept) / manifest.geometry.fps
+        raise CheckpointError(
+            f"{folder} lacks chunk {kept}, which was made before the run was changed. {trouble} ".rstrip()
+            + f" To make it, and what follows, as the run is now, add --from {seconds:g}; to begin again, "
+            "--restart moves what is there aside."
         )
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..durable import share_file, sync_folder
 from ..errors import CheckpointError
 from ..geometry import VideoGeometry
 from ..latent_space import LatentSpace
 from ..latents_file import NAME, TENSOR, LatentsInfo, Link, chunk_files, read_chunk, read_link, save_latents
 from ..weights_file import Header, read_header
-from .durable import share_file, sync_folder
 
 
 def good_chunks(
@@ -23,6 +23,9 @@ def good_chunks(
     """Return how many chunks are whole and those of ``keys``, from the first; and what the next one lacks.
 
     Every number of every chunk is read and compared with its checksum.
+
+    Raises:
+        CheckpointError: A chunk cannot be read, whatever it may hold.
     """
     good, before = 0, ""
     for key in keys:
@@ -32,6 +35,8 @@ def good_chunks(
         try:
             check_chunk(path, good, Link(key=key, before=before), geometry=geometry, space=space)
         except CheckpointError as error:
+            if isinstance(error.__cause__, OSError):  # nothing is known of what it holds
+                raise CheckpointError(f"{error} See that it can be read, and start again.") from error
             return good, str(error)
         good, before = good + 1, key
     return good, ""
@@ -61,7 +66,6 @@ def add_chunk(folder: Path, chunk: int, latents: Tensor, info: LatentsInfo, link
         OutputError: The disk is full, or the folder cannot be written to.
     """
     save_latents(folder, chunk, latents, info, link=link)
-    sync_folder(folder)
 
 
 def share_chunks(source: Path, target: Path, *, chunks: int) -> None:

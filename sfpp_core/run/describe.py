@@ -52,7 +52,9 @@ def _state(folder: Path, manifest: Manifest, kept: int) -> str:
         return f"being made: {frames / geometry.fps:g} s are there"
     if kept >= geometry.chunks:
         return "complete" if manifest.video else "all chunks made, the video not finished; run it again"
-    return f"stopped at {frames / geometry.fps:g} s; `generate --run {folder}` goes on"
+    asked = "prompt" in manifest.request  # on the command line, and not in another front end
+    how = f"`generate --run {folder}` goes on" if asked else "queue it again, and it goes on"
+    return f"stopped at {frames / geometry.fps:g} s; {how}"
 
 
 def _video(manifest: Manifest) -> str:

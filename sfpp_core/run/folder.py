@@ -14,13 +14,22 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ..durable import remove_parts
 from ..errors import NumericsError, OutputError
 from ..latents_file import FOLDER, NAME, LatentsInfo, Link, chunk_files, read_chunk
 from ..outputs import make_folder
-from .agreement import Wanted, begun, check_length, continued, kept_chunks
+from .agreement import (
+    Wanted,
+    begun,
+    check_length,
+    check_sections,
+    continued,
+    kept_chunks,
+    shared_beginning,
+)
+from .aside import ASIDE, aside_folder, move_aside
 from .chunks import add_chunk
 from .decisions import Section, keys
-from .durable import ASIDE, aside_folder, move_aside
 from .lock import NAME as LOCK
 from .lock import RunLock
 from .manifest import COPY, Manifest, Resume, is_run, read_manifest, write_manifest
@@ -161,12 +170,7 @@ def open_run(folder: Path, wanted: Wanted) -> Run:
     make_folder(folder)
     lock = RunLock(folder)
     try:
-        if wanted.anew:
-            kept_here = (LOCK, ASIDE, LOG)
-            # The manifest first: without it the rest is no run, and not half of one.
-            entries = sorted(folder.iterdir(), key=lambda entry: entry.name not in (MANIFEST, COPY))
-            _put_aside(folder, [entry for entry in entries if entry.name not in kept_here])
-        make_folder(folder / FOLDER)
+        _make_ready(folder, wanted)
         if is_run(folder):
             before = read_manifest(folder)
             manifest = continued(before, wanted, folder)
@@ -175,6 +179,7 @@ def open_run(folder: Path, wanted: Wanted) -> Run:
         kept, trouble = kept_chunks(folder, manifest)
         if before is not None:
             check_length(folder, manifest, before, kept)
+        check_sections(folder, manifest, kept, trouble)
         stale = chunk_files(folder / FOLDER)[kept:]
         if stale or (before is not None and before.sections != manifest.sections):
             manifest = replace(manifest, shown=_still_shown(manifest, kept), video={})
@@ -190,6 +195,19 @@ def open_run(folder: Path, wanted: Wanted) -> Run:
     return run
 
 
+def _make_ready(folder: Path, wanted: Wanted) -> None:
+    """Clear a folder of what is in the way of a run."""
+    for place in (folder, folder / FOLDER):
+        remove_parts(place)
+    if wanted.anew:
+        shared_beginning(folder, wanted)  # what cannot be is refused before anything is moved
+        kept_here = (LOCK, ASIDE, LOG)
+        # The manifest first: without it the rest is no run, and not half of one.
+        entries = sorted(folder.iterdir(), key=lambda entry: entry.name not in (MANIFEST, COPY))
+        _put_aside(folder, [entry for entry in entries if entry.name not in kept_here])
+    make_folder(folder / FOLDER)
+
+
 def _check_place(folder: Path) -> None:
     """Refuse a folder that holds anything but a run."""
     if folder.exists() and not folder.is_dir():
@@ -198,6 +216,8 @@ def _check_place(folder: Path) -> None:
         raise OutputError(f"the folder {folder.parent} does not exist; make it first, or choose another.")
     if not folder.is_dir() or is_run(folder):
         return
+    if (folder / LOCK).is_file() and (folder / ASIDE).is_dir():
+        return  # a run whose restart was ended half-way
     own = {LOCK, ASIDE, LOG, FOLDER}
     foreign = sorted(
         entry.name for entry in folder.iterdir() if entry.name not in own and entry.name[0] != "."
@@ -219,7 +239,8 @@ def _clear(run: Run, stale: list[Path], trouble: str) -> None:
     if not stale:
         return
     aside = _put_aside(run.folder, stale, within=FOLDER)
-    said = f"{len(stale)} chunks from {run.kept} on were moved to {aside}: {trouble}"
+    why = trouble or f"chunk {run.kept} is missing."
+    said = f"{len(stale)} chunks from {run.kept} on were moved to {aside}: {why}"
     run.say(said)
     logger.warning("%s", said)
 

@@ -92,7 +92,7 @@ def fragments(path: Path) -> Iterator[Fragment]:
                 index = box
             elif box.kind == "mdat" and index is not None:
                 file.seek(index.start)
-                frames += _samples(file.read(index.size))
+                frames += samples(file.read(index.size))
                 yield Fragment(index.start, box.stop, frames)
                 index = None
 
@@ -159,6 +159,12 @@ def moved(index: bytes, *, number: int, ticks: int) -> bytes:
     return bytes(changed)
 
 
+def codec_of(head: bytes) -> bytes:
+    """Return what a decoder of H.264 is told before the first frame; empty where there is no such thing."""
+    place = head.find(b"avcC")
+    return head[place : place - 4 + int.from_bytes(head[place - 4 : place], "big")] if place >= 4 else b""
+
+
 def ticks_per_frame(index: bytes) -> int:
     """Return the duration of a frame, as the first ``moof`` of a video says it."""
     for kind, start in _fields(index):
@@ -168,8 +174,8 @@ def ticks_per_frame(index: bytes) -> int:
     return 0
 
 
-def _samples(index: bytes) -> int:
-    """Return the frames of one fragment."""
+def samples(index: bytes) -> int:
+    """Return the frames of one fragment, by its ``moof``."""
     counts = (index[start + 4 : start + 8] for kind, start in _fields(index) if kind == "trun")
     return sum(int.from_bytes(count, "big") for count in counts)
 

@@ -12,16 +12,19 @@ from typing import IO
 
 import numpy as np
 
+from ..durable import whole_file
 from ..encoder import GROWING, Encoder, find_ffmpeg, last_words
 from ..errors import OutputError
 from .fragments import (
     Part,
+    codec_of,
     fragments,
     head_of,
     moved,
     new_digest,
     parts,
     read_box,
+    samples,
     seal,
     ticks_per_frame,
 )
@@ -103,6 +106,9 @@ def cut_video(path: Path, *, frames: int, width: int, height: int, fps: float, e
     Returns:
         A multiple of ``PART_FRAMES``, at most ``frames``: later ones are encoded once more, and the file does
         not change where they come out the same. 0 where the file is of no use; it is left as it is.
+
+    Raises:
+        OutputError: A finished video is to be gone on with and there is no room to take it apart; it stays.
     """
     if not path.is_file() or not path.stat().st_size:
         return 0
@@ -126,14 +132,14 @@ def finish_video(path: Path) -> None:
     Raises:
         OutputError: There is no room for both at a time; the growing one stays and plays.
     """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        _copy_streams(path, part, "-movflags", "+faststart")
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path) as part:
+        command = [*_copying(path), "-movflags", "+faststart", "-f", "mp4", f"file:{part}"]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode:
+            said = last_words(done.stderr.splitlines())
+            raise OutputError(
+                f"{path} cannot be made an ordinary video ({said}); free some room and start again."
+            )
 
 
 def _put(file: IO[bytes], place: int, content: bytes) -> int:
@@ -183,38 +189,56 @@ def _head(*, width: int, height: int, fps: float, enlarge: int) -> bytes:
 
 
 def _take_apart(path: Path, head: bytes) -> bool:
-    """Undo ``finish_video``; return whether the file was a video at all."""
-    loose, whole = path.with_name(f".{path.name}.loose"), path.with_name(f".{path.name}.part")
+    """Undo ``finish_video``; return whether the file was a video of this encoder at all.
+
+    Raises:
+        OutputError: There is no room for both at a time, or the encoder was killed; the file stays as it is.
+    """
+    process = subprocess.Popen(
+        [*_copying(path), *GROWING, "-f", "mp4", "pipe:1"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout is not None
     try:
-        _copy_streams(path, loose, *GROWING)
-        with loose.open("rb") as source, whole.open("wb") as target:
-            digest, count = new_digest(), 0
-            digest.update(head)
-            target.write(head)
-            for fragment in fragments(loose):
-                source.seek(fragment.start)
-                content = source.read(fragment.stop - fragment.start)
-                digest.update(content)
-                target.write(content)
-                if fragment.frames % PART_FRAMES == 0 and fragment.frames > count:
-                    target.write(seal(digest.digest()))
-                    digest, count = new_digest(), fragment.frames
-            target.flush()
-            os.fsync(target.fileno())
-        whole.replace(path)
-    except OutputError:
+        with whole_file(path) as part, part.open("wb") as file:
+            frames = _loosen(process.stdout, file, head)
+            status = process.wait()
+            if status < 0:
+                raise OutputError(f"{path}: ffmpeg was killed by signal {-status}; start again.")
+            if status or not frames:
+                raise _AnotherVideoError
+    except _AnotherVideoError:
         return False
     finally:
-        loose.unlink(missing_ok=True)
-        whole.unlink(missing_ok=True)
+        process.stdout.close()  # which ends it, if anybody else has not
+        process.wait()
     return True
 
 
-def _copy_streams(source: Path, target: Path, *options: str) -> None:
-    """Let ffmpeg write a video as another kind of MP4, bit for bit the same pictures."""
+class _AnotherVideoError(Exception):
+    """A file is no video that parts can be joined to."""
+
+
+def _loosen(stream: IO[bytes], file: IO[bytes], head: bytes) -> int:
+    """Write the fragments of a stream behind ``head``, sealed part by part; return their frames."""
+    digest, index, frames, sealed = new_digest(), head, 0, 0
+    while (found := read_box(stream))[0]:
+        kind, content = found
+        if kind == "moov" and codec_of(content) != codec_of(head):
+            raise _AnotherVideoError
+        if kind == "moof":
+            index += content
+            frames += samples(content)
+        elif kind == "mdat":
+            digest.update(index + content)
+            file.write(index + content)
+            index = b""
+            if frames % PART_FRAMES == 0 and frames > sealed:
+                file.write(seal(digest.digest()))
+                digest, sealed = new_digest(), frames
+    return frames
+
+
+def _copying(source: Path) -> list[str]:
+    """Return the command, but for its end, that writes a video again, bit for bit the same pictures."""
     command = [find_ffmpeg(), "-hide_banner", "-loglevel", "error", "-nostdin", "-y", "-i", f"file:{source}"]
-    command += ["-map", "0:v:0", "-c", "copy", *options, "-f", "mp4", f"file:{target}"]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode:
-        said = last_words(done.stderr.splitlines())
-        raise OutputError(f"{source} cannot be written again as {target} ({said}).")
+    return [*command, "-map", "0:v:0", "-c", "copy"]

@@ -10,7 +10,6 @@ from ..errors import CheckpointError
 from ..kv_cache import RollingKVCache
 from ..latents_file import checksum_of
 from ..weights_file import STORED, read_header, read_tensor, write
-from .durable import sync_folder
 
 METADATA_KEY = "sfpp_cache"
 """Name of what is known of the keys in the metadata."""
@@ -57,7 +56,6 @@ def save_cache(path: Path, cache: RollingKVCache, *, chunk: int, key: str) -> No
     table = {"chunk": chunk, "key": key, "checksum": checksum_of(*tensors)}
     named = {_name(place): tensor for place, tensor in enumerate(tensors)}
     write(path, named, {METADATA_KEY: json.dumps(table, sort_keys=True)})
-    sync_folder(path.parent)
 
 
 def find_cache(path: Path) -> KeptCache | None:

@@ -10,13 +10,18 @@ import json
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import IO, Any
 
+from ..durable import unwritable
 from ..errors import OutputError
 
 NAME = "lock"
 """Name of the file in the folder of a run."""
+
+LOOKS, PAUSE_SECONDS = 25, 0.02
+"""How often, and how far apart, a lock is asked for that nobody alive says is his."""
 
 
 class RunLock:
@@ -36,12 +41,13 @@ class RunLock:
                 f"the folder {folder} cannot be written to ({error.strerror}); choose another."
             ) from error
         try:
-            locked = _lock(self._file)
-            owner = _owner(self._file)
+            locked, owner = _taken(self._file)
             if locked is False or (locked is None and _lives(owner)):
+                gone = "" if locked is False else f" If it is gone, remove {self._path}."
                 raise OutputError(
                     f"{folder} is being worked on by process {owner.get('process', 'unknown')} of "
                     f"{owner.get('machine', 'this machine')}; wait for it, end it, or choose another folder."
+                    + gone
                 )
             self._sign()
         except BaseException:
@@ -56,7 +62,7 @@ class RunLock:
             self._file.write(json.dumps(mine))
             self._file.flush()
         except OSError as error:  # a full disk
-            raise OutputError(f"{self._path} cannot be written: {error.strerror}.") from error
+            raise unwritable(self._path, error) from error
 
     def release(self) -> None:
         """Give the lock back; harmless if it was given back."""
@@ -84,6 +90,20 @@ def process_start(process: int) -> str:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""
+
+
+def _taken(file: IO[str]) -> tuple[bool | None, dict[str, Any]]:
+    """Lock an open file as ``_lock`` does; return that, and who wrote it last.
+
+    Somebody who only looks whether it is locked holds it for a moment, and does not write who that is.
+    """
+    locked, owner = _lock(file), _owner(file)
+    for _ in range(LOOKS):
+        if locked is not False or _lives(owner):
+            break
+        time.sleep(PAUSE_SECONDS)
+        locked, owner = _lock(file), _owner(file)
+    return locked, owner
 
 
 def _lock(file: IO[str]) -> bool | None:

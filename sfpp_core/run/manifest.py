@@ -11,11 +11,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from ..durable import write_text
 from ..errors import CheckpointError, SFPPError
 from ..geometry import VideoGeometry
 from ..latent_space import SPACES
 from .decisions import Section
-from .durable import write_text
 
 NAME = "manifest.json"
 """Name of the file in the folder of a run."""
@@ -142,10 +142,12 @@ def _read(path: Path) -> Manifest:
     """Read one copy."""
     try:
         if path.stat().st_size > LARGEST:
-            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, which no manifest has.")
+            raise _damaged(path, f"has {path.stat().st_size:,} bytes, which no manifest has")
         table = json.loads(path.read_bytes())
         checksum = table.pop("checksum")
         version = table["format"]
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

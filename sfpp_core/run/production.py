@@ -6,16 +6,15 @@ For front ends without a graph; the command line is one.
 import logging
 import shutil
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..arithmetic import fast_products
-from ..config import to_table
+from ..deciding import decisions_of
 from ..decoder import PREVIEW, StreamingDecoder
 from ..errors import OutputError
 from ..generate import Loaded, load, load_planned_decoder
@@ -86,7 +85,7 @@ def produce(planned: Plan, run: Run, choices: Choices, *, report: Callable[[Prog
         OutputError: The disk is full or the encoder died; what came before is kept.
     """
     frames = planned.geometry.frames
-    if run.complete and run.manifest.video == {**_shown(planned).state(), "frames": frames}:
+    if run.complete and run.manifest.video == {**shown_at(planned.recording).state(), "frames": frames}:
         return Outcome(frames=frames, seconds=0.0, complete=True, before=frames)
     try:
         return _produce_twice(planned, run, choices, report)
@@ -104,12 +103,13 @@ def _produce_twice(planned: Plan, run: Run, choices: Choices, report: Callable[[
     except torch.OutOfMemoryError as error:
         trouble = str(error).partition("\n")[0]
     # Outside of the handler: what the error holds on to would take the memory that is needed now.
+    decoder = load_planned_decoder(planned, torch.device("cpu"))
+    loaded = loaded and replace(loaded, decoder=decoder)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     said = f"the GPU ran out of memory at chunk {run.kept} ({trouble:.100}); the decoder goes on on the CPU"
     run.say(said)
     logger.warning("%s: %s.", run.folder, said)
-    decoder = load_planned_decoder(planned, torch.device("cpu"))
     try:
         return _produce(planned, run, choices, _Models(loaded, decoder), report)
     except torch.OutOfMemoryError as error:
@@ -132,7 +132,7 @@ def _produce(
     planned: Plan, run: Run, choices: Choices, models: _Models, report: Callable[[Progress], None]
 ) -> Outcome:
     """Make what a run lacks, once."""
-    geometry, shown = planned.geometry, _shown(planned)
+    geometry, shown = planned.geometry, shown_at(planned.recording)
     right = geometry.frames_until(run.kept - 1)
     if run.manifest.shown is not None:
         right = min(right, run.manifest.shown)
@@ -198,18 +198,6 @@ def _finish(run: Run, shown: VideoFile | PictureFolder) -> None:
     run.change(video={**shown.state(), "frames": run.manifest.geometry.frames})
 
 
-def _shown(planned: Plan) -> VideoFile | PictureFolder:
-    """Return where the frames of a run go."""
-    recording = planned.recording
-    return shown_at(
-        recording.out,
-        width=recording.width,
-        height=recording.height,
-        fps=recording.fps,
-        enlarge=recording.enlarge,
-    )
-
-
 def wanted_of(planned: Plan, choices: Choices) -> Wanted:
     """Return what the run of a plan should be."""
     return Wanted(
@@ -222,32 +210,6 @@ def wanted_of(planned: Plan, choices: Choices) -> Wanted:
         branch=choices.branch,
         anew=choices.anew,
     )
-
-
-def decisions_of(planned: Plan) -> dict[str, Any]:
-    """Return all that decides the chunks of a plan but for the text. Files count by what they hold."""
-    request = planned.request
-    texts = {
-        "words": request.words,
-        "text encoder": request.text_encoder,
-        "tokenizer": request.tokenizer,
-        "start": request.start,
-        "encoder": request.encoder,
-    }
-    controls = {"anchor": request.anchor, "context sigma": request.context_sigma}
-    return {
-        "student": fingerprint(planned.student.path),
-        "weights": request.weights,
-        "loras": [[fingerprint(path), strength] for path, strength in request.loras],
-        **{name: fingerprint(path) for name, path in texts.items() if path is not None},
-        "seed": request.seed,
-        "settings": to_table(planned.settings),
-        **{name: value for name, value in controls.items() if value},
-        "cache": request.storage,
-        "device": planned.device.type,
-        "dtype": str(planned.dtype)[6:],
-        "attention": planned.attend.__name__.strip("_"),
-    }
 
 
 def look_of(planned: Plan) -> Look:
@@ -272,7 +234,7 @@ def _take_look(planned: Plan, run: Run) -> None:
         said = f"the video is made again as {look.out}, with {look.decoder}; the earlier one is kept"
         run.say(said)
         logger.warning("%s: %s.", run.folder, said)
-    _shown(planned).put_aside(run.folder)
+    shown_at(planned.recording).put_aside(run.folder)
     run.change(look=look, shown=None, video={})
 
 

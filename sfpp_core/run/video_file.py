@@ -1,12 +1,15 @@
 """Where the frames of a run are shown: an MP4 or numbered pictures, cut to what is right, gone on with."""
 
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ..outputs import OutputPath, is_video, split_pattern
+from ..outputs import is_video, split_pattern
+from ..recording import Recording
 from ..video import Pictures
-from .durable import aside_folder, move_aside
+from .aside import aside_folder, move_aside
 from .growing_video import GrowingVideo, cut_video, finish_video
 
 
@@ -16,25 +19,16 @@ class VideoFile:
 
     path: Path
 
-    width: int
-    """Pixels of the frames before enlarging."""
-
-    height: int
-    """Pixels."""
-
-    fps: float
-    """Frames per second."""
-
-    enlarge: int
-    """Side, in pixels, of the square each pixel becomes."""
+    picture: Mapping[str, Any]
+    """See ``Recording``."""
 
     def cut(self, right: int, run: Path) -> int:  # noqa: ARG002 - pictures need it
         """Remove what comes after the first ``right`` frames; return after how many it is gone on with."""
-        return cut_video(**asdict(self), frames=right)
+        return cut_video(self.path, **self.picture, frames=right)
 
     def sink(self, frames: int) -> GrowingVideo:
         """Return where the frames after the first ``frames`` end."""
-        return GrowingVideo(**asdict(self), frames=frames)
+        return GrowingVideo(self.path, **self.picture, frames=frames)
 
     def finish(self) -> None:
         """Make it an ordinary MP4.
@@ -89,7 +83,8 @@ class PictureFolder:
 
     def _move(self, numbers: range, run: Path) -> None:
         aside = aside_folder(run) / "pictures"
-        for number in numbers:
+        # The last one first: whenever this ends, those that are left follow each other without a gap.
+        for number in reversed(numbers):
             move_aside(self.folder / (self.name % number), aside)
 
     def _pictures(self) -> int:
@@ -102,15 +97,13 @@ class PictureFolder:
         return next(number for number in range(len(names) + 1) if self.name % number not in names)
 
 
-def shown_at(
-    out: OutputPath, *, width: int, height: int, fps: float, enlarge: int
-) -> VideoFile | PictureFolder:
-    """Return where frames of a size are shown, as ``video.open_writer`` understands ``out``.
+def shown_at(recording: Recording) -> VideoFile | PictureFolder:
+    """Return where the frames of a recording are shown.
 
     Raises:
-        OutputError: ``out`` is neither a video nor pictures.
+        OutputError: It is neither a video nor pictures.
     """
-    if is_video(out):
-        return VideoFile(path=Path(out), width=width, height=height, fps=fps, enlarge=enlarge)
-    folder, name = split_pattern(out)
-    return PictureFolder(folder=folder, name=name, enlarge=enlarge)
+    if is_video(recording.out):
+        return VideoFile(path=Path(recording.out), picture=recording.picture)
+    folder, name = split_pattern(recording.out)
+    return PictureFolder(folder=folder, name=name, enlarge=recording.enlarge)
