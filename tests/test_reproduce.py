@@ -24,7 +24,7 @@ from training.reproduction import runner
 from training.reproduction.layout import LONGER, ODE, PLAIN, PLUS, Stage
 from training.reproduction.settings import ReproduceSettings
 from training.reproduction.stages import MODULES, Stages
-from training.reproduction.summary import NUMBERS, Student, clip_numbers, difference, spread_of
+from training.reproduction.summary import LEFT_OPEN, NUMBERS, Student, clip_numbers, difference, spread_of
 from training.state import read_notes
 from training.teacher import DemoModel
 from training.world import caption, render, sample_scene
@@ -82,7 +82,7 @@ def test_one_command_leads_to_tables_plots_and_sheets(given, tmp_path, monkeypat
     table = (tmp_path / "table.md").read_text()
     for method in (ODE, PLAIN, LONGER, PLUS, f"{PLUS}: beta_1_2"):
         assert f"| {method} |" in table
-    assert "Not finished" not in table and "nan" not in table
+    assert "Not finished" not in table and "nan" not in table and "other colour" not in table
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["methods"][PLUS]["horizons"]["1"]) == set(NUMBERS)
     for name in ("drift", "right", "range", "sheets/self_forcing_plus-0", "sheets/ode"):
@@ -100,11 +100,32 @@ def test_one_command_leads_to_tables_plots_and_sheets(given, tmp_path, monkeypat
         Stages(replace(settings, overrides={"self_forcing_plus": ["horizon=9"]})).wanted()
 
 
+def test_the_hard_world_has_columns_of_its_own(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_dmd, "roll_samples", lambda *_, **__: {})
+    state = torch.load(given / "last.pt", weights_only=True)
+    hard = tmp_path / "last.pt"
+    torch.save({**state, "recipe": {"world": "hard"}}, hard)
+    changes = ["equal_time=false", "ablations={}", "captions=1", "batch=1", f"given.causal={hard}"]
+    settings = settings_of(given, tmp_path / "out", *changes, f"given.ode={hard}", config="reproduce_hard")
+    reproduce.main(settings, launch=inside)
+    table = (tmp_path / "out" / "table.md").read_text()
+    head = next(line for line in table.splitlines() if line.startswith("| horizon "))
+    assert head.split(" | ")[2:-1] == [*NUMBERS, *LEFT_OPEN][:-1] and head.endswith(f"{LEFT_OPEN[-1]} |")
+    assert "**The hard world**" in table
+    assert all(f"- *{name}*: " in table for name in LEFT_OPEN)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(LEFT_OPEN) < set(results["methods"][PLUS]["horizons"]["1"])
+    assert (tmp_path / "out" / "open.png").stat().st_size > 1000
+    assert read_notes(tmp_path / "out" / "self_forcing-0" / "last.pt")["recipe"]["world"] == "hard"
+    with pytest.raises(ConfigError, match=r"ode is .*last\.pt, which learned the standard world"):
+        Stages(settings_of(given, tmp_path, f"given.causal={hard}", config="reproduce_hard"))
+
+
 def last_line(folder):
     return json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
 
 
-@pytest.mark.parametrize("config", ["reproduce_cpu", "reproduce_gpu"])
+@pytest.mark.parametrize("config", ["reproduce_cpu", "reproduce_gpu", "reproduce_hard"])
 def test_shipped_settings_lay_out_every_stage_from_nothing(config, tmp_path):
     settings = load(
         ReproduceSettings, [str(CONFIGS / f"{config}.toml"), f"out={tmp_path}", "given={}"], stage="reproduce"

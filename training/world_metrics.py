@@ -231,8 +231,8 @@ def _measure_second(frames: Tensor, before: Tensor, wanted: Wanted, first: Secon
     looked = look(joined[kept], cut.mask[kept], cut.behind[kept], wanted)
     seen = looked["seen"]
     turned = abs(hue(seen) - hue(first.seen if first else seen))
-    along = _along(tracked["velocity"], wanted)
-    along_first = _along(first.velocity, wanted) if first else along
+    along = speed_along(tracked["velocity"], wanted)
+    along_first = speed_along(first.velocity, wanted) if first else along
     return Second(
         present=float(cut.present[kept].float().mean()),
         shape=shape,
@@ -248,8 +248,11 @@ def _measure_second(frames: Tensor, before: Tensor, wanted: Wanted, first: Secon
     )
 
 
-def _along(velocity: tuple[float, float], wanted: Wanted) -> float:
-    """Return the speed along the wanted direction, in pixels per frame along each axis that it moves on."""
+def speed_along(velocity: tuple[float, float], wanted: Wanted) -> float:
+    """Return the speed along the wanted direction, in pixels per frame along each axis that it moves on.
+
+    nan if none is wanted.
+    """
     if wanted.direction is None:
         return math.nan
     x, y = DIRECTIONS[wanted.direction]

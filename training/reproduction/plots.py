@@ -8,7 +8,15 @@ from typing import Any
 
 from training.config import ConfigError
 from training.reproduction.stages import Stages
-from training.reproduction.summary import SECONDS, Spread, Student, drift_over_time, spread_of
+from training.reproduction.summary import (
+    OVER_TIME,
+    SECONDS,
+    Spread,
+    Student,
+    numbers_of,
+    over_time,
+    spread_of,
+)
 from training.reproduction.table import MAIN, Groups
 
 _WIDTH, _HEIGHT = 6.0, 4.0
@@ -26,23 +34,30 @@ def check_plots() -> None:
         )
 
 
-def draw(out: Path, groups: Groups, horizons: Sequence[int]) -> None:
-    """Write ``drift.png``, and ``right.png`` and ``range.png``, of all methods that are no ablations."""
+def draw(out: Path, groups: Groups, horizons: Sequence[int], world: str) -> None:
+    """Write ``drift.png``, ``right.png`` and ``range.png`` of all methods that are no ablations.
+
+    Of a world whose captions leave colour and speed open also ``open.png``.
+    """
     methods = [method for method in MAIN if method in groups]
     methods += [method for method, group in groups.items() if method not in MAIN and not group[0].ablates]
     shown = {method: groups[method] for method in methods}
     if not shown:
         return
-    _draw_drift(out / "drift.png", shown)
+    told = numbers_of(world)
+    _draw_drift(out / "drift.png", shown, [name for name in OVER_TIME if name in told])
     _draw_horizons(out / "right.png", shown, horizons, ("right", "right at the end"))
     _draw_horizons(out / "range.png", shown, horizons, ("out of range", "crushed or blown"))
+    if "other colour" in told:
+        _draw_horizons(out / "open.png", shown, horizons, ("other colour", "frozen"))
 
 
-def _draw_drift(path: Path, shown: Groups) -> None:
-    """Draw exposure and tint drift over time."""
-    figure, axes = _figure(2)
+def _draw_drift(path: Path, shown: Groups, names: Sequence[str]) -> None:
+    """Draw numbers over time."""
+    figure, axes = _figure(len(names))
     for colour, (method, group) in enumerate(shown.items()):
-        for axis, (name, spreads) in zip(axes, drift_over_time(group).items(), strict=True):
+        for axis, name in zip(axes, names, strict=True):
+            spreads = over_time(group, name)
             seconds = range(1, len(spreads) + 1)
             means, widths = [s.mean for s in spreads], [_width(s) for s in spreads]
             low = [mean - width for mean, width in zip(means, widths, strict=True)]
