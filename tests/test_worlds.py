@@ -8,11 +8,22 @@ import pytest
 import torch
 
 from sfpp_core import demo
+from sfpp_core.inspection import inspect
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
-from training import evaluate, make_ode_pairs, train_causal, train_dmd, train_grpo, train_ode, train_teacher
+from training import (
+    evaluate,
+    export,
+    make_ode_pairs,
+    train_causal,
+    train_dmd,
+    train_grpo,
+    train_ode,
+    train_teacher,
+)
 from training.config import ConfigError, build, load
 from training.dmd_settings import DmdSettings
 from training.evaluate import EvaluateSettings, decode
+from training.export import ExportSettings
 from training.grpo_settings import GrpoSettings
 from training.make_ode_pairs import PairSettings, identity
 from training.measuring import read_second
@@ -302,6 +313,9 @@ def test_the_hard_world_is_learned_from_a_teacher_of_the_standard_one(tmp_path, 
         assert world_of(str(runs / name / "last.pt")) == "hard"
     assert Path("runs/smoke/latents.safetensors").exists()
     assert "| student |" in (runs / "evaluation" / "table.md").read_text()
+    made = str(tmp_path / "demo")
+    export.main(ExportSettings(run=str(runs / "self_forcing_plus"), stage="test", out=made))
+    assert inspect(tmp_path / "demo" / demo.STUDENT).notes["world"] == HARD.version
     pairs = make_ode_pairs.Pairs(runs / "pairs", make_ode_pairs.load_states(*first_row(runs)).shape[1:])
     assert pairs.world == "hard" and parse_caption(pairs.captions[0]).colour is None
     standard = load(OdeSettings, [str(CONFIGS / "demo_ode.toml"), f"pairs={runs / 'pairs'}"], stage="ode")
