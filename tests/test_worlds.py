@@ -1,5 +1,6 @@
 """The hard world: the standard one's scenes, told with less, and what that leaves to drift."""
 
+import math
 from dataclasses import asdict, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -28,7 +29,7 @@ from training.grpo_settings import GrpoSettings
 from training.make_ode_pairs import PairSettings, identity
 from training.measuring import read_second
 from training.reproduction.settings import ReproduceSettings
-from training.reproduction.summary import clip_numbers
+from training.reproduction.summary import clip_numbers, spread_of
 from training.train_causal import CausalSettings
 from training.train_ode import OdeSettings
 from training.train_teacher import TeacherSettings
@@ -151,6 +152,21 @@ def test_a_video_that_never_moves_is_frozen():
     assert clip_numbers(seconds, text_of(scene))["frozen"] == 1
     assert all(abs(second.pace) < 1e-3 for second in seconds)
     assert all("motion" in failures(second, parse_caption(text_of(scene))) for second in seconds)
+
+
+def test_what_is_not_there_has_neither_a_colour_nor_a_speed():
+    scene, text = SCENES[0], text_of(SCENES[0])
+    gone = render([scene], 1)[0].flatten(2).median(-1).values[:, :, None, None].expand(64, -1, 64, 64)
+    first, *empty, last = measure(torch.cat([drawn(scene)[:16], gone, drawn(scene)[80:]]), text)
+    assert all("present" in failures(second, parse_caption(text)) for second in empty)
+    assert all(math.isnan(number) for second in empty for number in (second.pace, second.colour_drift))
+    numbers = clip_numbers([first, *empty, last], text)
+    assert (numbers["frozen"], numbers["other colour"]) == (0, 0)
+    assert numbers["pace"] == pytest.approx(1, abs=0.02)
+    numbers = clip_numbers([first, *empty, *empty], text)
+    assert all(math.isnan(numbers[name]) for name in ("frozen", "other colour", "pace", "hue drift"))
+    spread = spread_of("frozen", [[math.nan, math.nan], [1.0, math.nan]])
+    assert (spread.mean, spread.deviation, spread.told(2)) == (1.0, None, "1.00 (0.00)")
 
 
 def test_the_truth_is_right_as_the_shipped_autoencoder_draws_it():

@@ -12,6 +12,7 @@ Legend: F frames, H and W pixels. Luma and chroma are Rec. 709, of values in [0,
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,9 @@ LIMITS = Limits()
 
 STILL = 0.25
 """Pixels per frame below which an object stands still; the world's slowest moves by 1."""
+
+HERE = 0.5
+"""Least share of a second's frames that show an object, for it to be compared with the first second's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,13 +141,14 @@ class Second:
     """RGB of the object. This and what follows is nan in measurements made before it was measured."""
 
     colour_drift: float = math.nan
-    """RGB distance between the object and itself in the first second."""
+    """RGB distance between the object and itself in the first second. This and what follows is nan where an
+    object is there in less than ``HERE`` of the frames of this second or of the first."""
 
     hue_drift: float = math.nan
     """Change of the object's hue since the first second, in degrees from 0 to 180."""
 
     pace: float = math.nan
-    """Speed along the named direction over that of the first second: 1 = as in it, 0 = frozen; nan if no
+    """Speed along the named direction over that of the first second: 1 = as in it, 0 = frozen; nan too if no
     direction is named. A first second slower than ``STILL`` counts as that fast."""
 
 
@@ -229,12 +234,9 @@ def _measure_second(frames: Tensor, before: Tensor, wanted: Wanted, first: Secon
     tint, mean = backdrop["tint"], backdrop["luma"]
     tracked = track(cut.mask, cut.present, wanted)
     looked = look(joined[kept], cut.mask[kept], cut.behind[kept], wanted)
-    seen = looked["seen"]
-    turned = abs(hue(seen) - hue(first.seen if first else seen))
-    along = speed_along(tracked["velocity"], wanted)
-    along_first = speed_along(first.velocity, wanted) if first else along
+    present = float(cut.present[kept].float().mean())
     return Second(
-        present=float(cut.present[kept].float().mean()),
+        present=present,
         shape=shape,
         iou=iou,
         **tracked,
@@ -242,10 +244,28 @@ def _measure_second(frames: Tensor, before: Tensor, wanted: Wanted, first: Secon
         **backdrop,
         luma_drift=mean - first.luma if first else 0.0,
         tint_drift=math.dist(tint, first.tint) if first else 0.0,
-        colour_drift=math.dist(seen, first.seen) if first else 0.0,
-        hue_drift=min(turned, 360 - turned),
-        pace=along / max(along_first, STILL),
+        **_since_the_first(present, looked["seen"], tracked["velocity"], wanted, first),
     )
+
+
+def _since_the_first(
+    present: float,
+    seen: tuple[float, float, float],
+    velocity: tuple[float, float],
+    wanted: Wanted,
+    first: Second | None,
+) -> dict[str, Any]:
+    """Compare the object of a second with that of the first."""
+    if min(present, first.present if first else present) < HERE:
+        return {}
+    turned = abs(hue(seen) - hue(first.seen if first else seen))
+    along = speed_along(velocity, wanted)
+    along_first = speed_along(first.velocity, wanted) if first else along
+    return {
+        "colour_drift": math.dist(seen, first.seen if first else seen),
+        "hue_drift": min(turned, 360 - turned),
+        "pace": along / max(along_first, STILL),
+    }
 
 
 def speed_along(velocity: tuple[float, float], wanted: Wanted) -> float:

@@ -64,7 +64,9 @@ def _draw_drift(path: Path, shown: Groups, names: Sequence[str]) -> None:
             high = [mean + width for mean, width in zip(means, widths, strict=True)]
             axis.plot(seconds, means, color=f"C{colour}", label=_label(method, group))
             axis.fill_between(seconds, low, high, color=f"C{colour}", alpha=0.2, linewidth=0)
-            axis.set(xlabel="second of the video", ylabel=name, xscale="log")
+            # Limits of its own: an axis with nothing to draw has none.
+            width = (0.95, 1.05 * len(spreads))
+            axis.set(xlabel="second of the video", ylabel=name, xscale="log", xlim=width)
     _save(figure, axes, path)
 
 
@@ -80,6 +82,7 @@ def _draw_horizons(path: Path, shown: Groups, horizons: Sequence[int], names: Se
                 places, means, widths, color=f"C{colour}", marker="o", capsize=3, label=_label(method, group)
             )
         axis.set(xlabel=f"length, in multiples of {SECONDS} s", ylabel=name, xscale="log", ylim=(-0.02, 1.02))
+        axis.set_xlim(0.9 * min(horizons), 1.25 * max(horizons))
         axis.set_xticks(list(horizons), [f"{h}x" for h in horizons], minor=False)
     _save(figure, axes, path)
 

@@ -46,7 +46,8 @@ EXPLAINED = {
     "nearest: 1 is right, 0 frozen; last 5 s",
     "IoU": "overlap with the template of the wanted shape, last 5 s",
     "sharpness": "gradient energy of the outline, over the true one; last 5 s",
-    "colour drift": "mean RGB distance of the object from itself in the clip's own first second, last 5 s",
+    "colour drift": "mean RGB distance of the object from itself in the clip's own first second, last 5 s; "
+    "this and the following are of the seconds that show an object",
     "hue drift": "mean change of its hue since then in degrees, last 5 s",
     "other colour": "share of clips in which the named colour nearest to the object's is not that of the "
     "first second in some second of the last 5",
@@ -113,6 +114,8 @@ def _read(
 def clip_numbers(seconds: Sequence[Second], text: str) -> dict[str, float]:
     """Return the numbers of one clip that ends where its horizon does."""
     last, wanted = seconds[-SECONDS:], parse_caption(text)
+    compared = [second for second in last if not math.isnan(second.colour_drift)]
+    paced = [second for second in last if not math.isnan(second.pace)]
     return {
         "right": float(clip_ok(seconds, text)),
         "right at the end": float(clip_ok(last, text)),
@@ -126,9 +129,9 @@ def clip_numbers(seconds: Sequence[Second], text: str) -> dict[str, float]:
         "sharpness": _mean(second.sharpness for second in last),
         "colour drift": _mean(second.colour_drift for second in last),
         "hue drift": _mean(second.hue_drift for second in last),
-        "other colour": float(any(second.colour != seconds[0].colour for second in last)),
+        "other colour": _any(second.colour != seconds[0].colour for second in compared),
         "pace": _mean(second.pace for second in last),
-        "frozen": float(any(speed_along(second.velocity, wanted) < STILL for second in last)),
+        "frozen": _any(speed_along(second.velocity, wanted) < STILL for second in paced),
     }
 
 
@@ -150,7 +153,8 @@ class Spread:
         if math.isnan(self.mean):
             return ""
         spread = "" if self.deviation is None else f" ± {self.deviation:.{digits}f}"
-        return f"{self.mean:.{digits}f}{spread} ({self.error:.{digits}f})"
+        error = "" if math.isnan(self.error) else f" ({self.error:.{digits}f})"
+        return f"{self.mean:.{digits}f}{spread}{error}"
 
 
 def spread_of(name: str, seeds: Sequence[Sequence[float]]) -> Spread:
@@ -160,7 +164,8 @@ def spread_of(name: str, seeds: Sequence[Sequence[float]]) -> Spread:
     clips = [_mean(same) for same in zip(*seeds, strict=True)]
     is_share = name in SHARES and 0 <= mean <= 1
     error = (mean * (1 - mean) / len(clips)) ** 0.5 if is_share else _error(clips)
-    return Spread(mean=mean, error=error, deviation=statistics.stdev(means) if len(means) > 1 else None)
+    told = [mean for mean in means if not math.isnan(mean)]
+    return Spread(mean=mean, error=error, deviation=statistics.stdev(told) if len(told) > 1 else None)
 
 
 def difference(name: str, one: Sequence[Student], other: Sequence[Student], horizon: int) -> Spread | None:
@@ -204,6 +209,11 @@ def _mean(values: Iterable[float]) -> float:
     """Return the mean of what is a number."""
     numbers = [value for value in values if not math.isnan(value)]
     return statistics.fmean(numbers) if numbers else math.nan
+
+
+def _any(values: Iterable[bool]) -> float:
+    """Return 1 if any is true, else 0, and nan where there is none."""
+    return float(max(values, default=math.nan))
 
 
 def _error(clips: Sequence[float]) -> float:
