@@ -16,16 +16,14 @@ import pytest
 import torch
 from tiny_runs import write_clips, write_run
 
-from sfpp_core.config import RolloutSettings
 from sfpp_core.tiny_autoencoder import AutoencoderConfig, TinyAutoencoder
-from training import evaluate, reproduce, train_dmd
+from training import reproduce, train_dmd
 from training.config import ConfigError, flatten, load
-from training.measuring import Roller, picks, whole_seconds
 from training.reproduction import runner
 from training.reproduction.layout import LONGER, ODE, PLAIN, PLUS, Stage
 from training.reproduction.settings import ReproduceSettings
 from training.reproduction.stages import MODULES, Stages
-from training.reproduction.summary import NUMBERS, Student, clip_numbers, difference, spread_of
+from training.reproduction.summary import LEFT_OPEN, NUMBERS, Student, clip_numbers, difference, spread_of
 from training.state import read_notes
 from training.world import caption, render, sample_scene
 from training.world_metrics import measure
@@ -89,7 +87,7 @@ def test_one_command_leads_to_tables_plots_and_sheets(given, tmp_path, monkeypat
     table = (tmp_path / "table.md").read_text()
     for method in (ODE, PLAIN, LONGER, PLUS, f"{PLUS}: beta_1_2"):
         assert f"| {method} |" in table
-    assert "Not finished" not in table and "nan" not in table
+    assert "Not finished" not in table and "nan" not in table and "other colour" not in table
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["methods"][PLUS]["horizons"]["1"]) == set(NUMBERS)
     for name in ("drift", "right", "range", "sheets/self_forcing_plus-0", "sheets/ode"):
@@ -109,11 +107,32 @@ def test_one_command_leads_to_tables_plots_and_sheets(given, tmp_path, monkeypat
         Stages(replace(settings, overrides={"self_forcing_plus": ["horizon=9"]})).wanted()
 
 
+def test_the_hard_world_has_columns_of_its_own(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_dmd, "roll_samples", lambda *_, **__: {})
+    state = torch.load(given / "last.pt", weights_only=True)
+    hard = tmp_path / "last.pt"
+    torch.save({**state, "recipe": {"world": "hard"}}, hard)
+    changes = ["equal_time=false", "ablations={}", "captions=1", "batch=1", f"given.causal={hard}"]
+    settings = settings_of(given, tmp_path / "out", *changes, f"given.ode={hard}", config="reproduce_hard")
+    reproduce.main(settings, launch=inside)
+    table = (tmp_path / "out" / "table.md").read_text()
+    head = next(line for line in table.splitlines() if line.startswith("| horizon "))
+    assert head.split(" | ")[2:-1] == [*NUMBERS, *LEFT_OPEN][:-1] and head.endswith(f"{LEFT_OPEN[-1]} |")
+    assert "**The hard world**" in table
+    assert all(f"- *{name}*: " in table for name in LEFT_OPEN)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(LEFT_OPEN) < set(results["methods"][PLUS]["horizons"]["1"])
+    assert (tmp_path / "out" / "open.png").stat().st_size > 1000
+    assert read_notes(tmp_path / "out" / "self_forcing-0" / "last.pt")["recipe"]["world"] == "hard"
+    with pytest.raises(ConfigError, match=r"ode is .*last\.pt, which learned the standard world"):
+        Stages(settings_of(given, tmp_path, f"given.causal={hard}", config="reproduce_hard"))
+
+
 def last_line(folder):
     return json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
 
 
-@pytest.mark.parametrize("config", ["reproduce_cpu", "reproduce_gpu"])
+@pytest.mark.parametrize("config", ["reproduce_cpu", "reproduce_gpu", "reproduce_hard"])
 def test_shipped_settings_lay_out_every_stage_from_nothing(config, tmp_path):
     settings = load(
         ReproduceSettings, [str(CONFIGS / f"{config}.toml"), f"out={tmp_path}", "given={}"], stage="reproduce"
@@ -306,66 +325,6 @@ def test_stages_begin_when_what_they_need_is_done(given, tmp_path):
     runner.run(stages, [second, first], lambda: order.append("told"), launch=launch)
     assert order == ["self_forcing-0", "evaluate-self_forcing-0", "told"]
     assert other.needs == ()
-
-
-def test_streaming_measures_what_the_whole_video_would(given):
-    roller = Roller(
-        str(given / "last.pt"),
-        str(given / "autoencoder.safetensors"),
-        RolloutSettings(steps=1),
-        device=torch.device("cpu"),
-        half=False,
-    )
-    captions = ["a red circle moves right slowly", "a blue square moves up fast"]
-    with torch.inference_mode():
-        videos = torch.cat(list(roller._decoded(captions, 5, 50)), dim=1)
-    assert videos.shape[:2] == (2, 50)
-    measured = roller.measure(captions, seed=5, frames=50)
-    for video, text, seconds, strip in zip(videos, captions, measured.seconds, measured.strips, strict=True):
-        assert repr(measure(video, text)) == repr(seconds)  # nan equals itself here
-        shown = (video[picks(50)].clamp(0, 1) * 255).round().byte()
-        torch.testing.assert_close(strip, shown, rtol=0, atol=0)
-
-
-def test_seconds_are_cut_from_parts_without_waiting_for_the_end():
-    taken, video = [], torch.arange(50.0)[None, :, None, None, None]
-
-    def parts():
-        for part in video.split((9, 12, 12, 12, 5), dim=1):
-            taken.append(part)
-            yield part
-
-    seconds = whole_seconds(parts())
-    first = next(seconds)
-    assert len(taken) == 2
-    torch.testing.assert_close(torch.cat([first, *seconds], dim=1), video[:, :48], rtol=0, atol=0)
-
-
-def test_a_measurement_goes_on_with_the_next_batch(given, tmp_path, monkeypatch):
-    settings = evaluate.EvaluateSettings(
-        out=str(tmp_path),
-        student=str(given / "last.pt"),
-        autoencoder=str(given / "autoencoder.safetensors"),
-        prompts=3,
-        batch=2,
-        horizons=(1,),
-        rollout=RolloutSettings(steps=1),
-    )
-    evaluate.main(settings)
-    whole = (tmp_path / "seconds.json").read_text()
-    (tmp_path / "videos" / "videos_00001.json").unlink()
-    made, plain = [], Roller.measure
-
-    def counted(self, captions, **options):
-        made.append(len(captions))
-        return plain(self, captions, **options)
-
-    monkeypatch.setattr(Roller, "measure", counted)
-    evaluate.main(settings)
-    assert made == [1]
-    assert (tmp_path / "seconds.json").read_text() == whole
-    evaluate.main(replace(settings, seed=3))
-    assert made == [1, 2, 1]
 
 
 def student(method, seed, values):

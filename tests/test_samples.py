@@ -10,7 +10,7 @@ from sfpp_core.video import video_info
 from training.config import ConfigError
 from training.loop import LoopSettings
 from training.samples import drift, keep_samples, roll_samples
-from training.teacher import SAMPLE_PROMPTS
+from training.worlds import HARD, STANDARD
 
 
 def fading(seconds, *, to):
@@ -53,7 +53,8 @@ def test_lengths_are_those_of_a_video_of_another_speed(tmp_path):
     assert numbers["4s/luma_drift"] == pytest.approx(0.4 * 72 / 95, abs=0.01)
 
 
-def test_a_student_is_rolled_out_once_for_all_lengths_and_measured_by_its_world(tmp_path):
+@pytest.mark.parametrize("world", [STANDARD, HARD], ids=lambda world: world.name)
+def test_a_student_is_rolled_out_once_for_all_lengths_and_measured_by_its_world(tmp_path, world):
     model = tiny_runs.model()
     decoder = TinyAutoencoder(AutoencoderConfig(coarse=16, fine=16, mask=8, units=1))
     decoder.mean.zero_()
@@ -67,8 +68,9 @@ def test_a_student_is_rolled_out_once_for_all_lengths_and_measured_by_its_world(
         tmp_path / "sample.png",
         device=torch.device("cpu"),
         seconds=(1.0, 2.0),
+        world=world,
     )
-    assert asked == [SAMPLE_PROMPTS]
+    assert asked == [world.prompts]
     for length in ("1s", "2s"):
         assert {f"{length}/luma_drift", f"{length}/clipped", f"{length}/right", f"{length}/steady"} <= set(
             numbers

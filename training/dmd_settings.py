@@ -10,6 +10,7 @@ from training.loop import LoopSettings, OptimiserSettings
 from training.models import VideoSettings
 from training.segments import BackwardNoise
 from training.teacher import LATENT_CLIP
+from training.worlds import check_world
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +146,9 @@ class DmdSettings:
     video: VideoSettings = field(default_factory=VideoSettings)
     """Wan's prompts and sizes; without them it is the demo's world."""
 
+    world: str = "standard"
+    """Which of the demo's worlds, see ``worlds``: ``standard``, or ``hard``, whose captions tell less."""
+
     def __post_init__(self) -> None:
         kinds = {
             "scores": ("causal", "bidirectional"),
@@ -229,6 +233,7 @@ class DmdSettings:
 
     def _check_video(self) -> None:
         """Refuse what Wan or the demo cannot do."""
+        check_world(self.world, is_wan=self.video.is_wan)
         if self.video.is_wan and self.first_latent == "reencode" and not self.autoencoder:
             raise ConfigError(
                 "first_latent is 'reencode', which needs an autoencoder, and autoencoder is empty; name "

@@ -22,8 +22,9 @@ from training.rewards import (
     windowed_variance,
 )
 from training.sheets import sheet
-from training.world import caption, sample_scene
+from training.world import sample_scene
 from training.world_metrics import clip_ok, mean_seconds, measure
+from training.worlds import STANDARD, World
 
 SEED = 1_000_003
 """Of the captions and the noise: no stage trains on them."""
@@ -32,10 +33,10 @@ SHOWN = 8
 """Videos on the sheet."""
 
 
-def papers(videos: int, *, at_once: int) -> list[tuple[list[str], VideoNoise]]:
+def papers(videos: int, *, at_once: int, world: World = STANDARD) -> list[tuple[list[str], VideoNoise]]:
     """Return the captions and the noise of every batch of the exam; each video has its own of both."""
     rng = np.random.default_rng(SEED)
-    captions = [caption(sample_scene(rng), rng) for _ in range(videos)]
+    captions = [world.caption(sample_scene(rng), rng) for _ in range(videos)]
     starts, actions = rng.integers(2**62, size=(2, videos)).tolist()
     parts = [slice(first, first + at_once) for first in range(0, videos, at_once)]
     return [(captions[part], VideoNoise(tuple(starts[part]), tuple(actions[part]))) for part in parts]

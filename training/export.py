@@ -21,7 +21,8 @@ from training.models import network_of
 from training.state import FILE, read_averaged, read_notes
 from training.teacher import load_demo_model
 from training.texts import DTYPES
-from training.world import WORD_GROUPS, WORLD_VERSION
+from training.world import WORD_GROUPS
+from training.worlds import STANDARD, world_called, world_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +91,9 @@ def export_demo(settings: ExportSettings) -> None:
     """Write the demo's student in float16 and its words."""
     run, out = Path(settings.run), Path(settings.out)
     model = load_demo_model(run / FILE)
+    world = world_called(world_of(str(run / FILE)) or STANDARD.name)
     notes = {
-        "world": WORLD_VERSION,
+        "world": world.version,
         "log": digest(run / "log.jsonl"),
         "note": "A demonstration of the mechanism on a toy world; it says nothing about Wan.",
     }

@@ -11,6 +11,7 @@ from training.models import VideoSettings
 from training.policy import Reduction
 from training.rewards import RewardSettings
 from training.texts import DTYPES
+from training.worlds import check_world
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +110,11 @@ class GrpoSettings:
     video: VideoSettings = field(default_factory=VideoSettings)
     """Wan's prompts and sizes; without them it is the demo's world, whose exam every sample sits."""
 
+    world: str = "standard"
+    """Which of the demo's worlds, see ``worlds``: ``standard``, or ``hard``, whose captions tell less."""
+
     def __post_init__(self) -> None:
+        check_world(self.world, is_wan=self.video.is_wan)
         self._check_choices()
         self._check_ranks()
         if self.latent_frames % self.rollout.chunk:

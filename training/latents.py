@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training.config import ConfigError
-from training.world import WORLD_VERSION, caption, render, sample_scene
+from training.world import WORLD_VERSION, render, sample_scene
+from training.worlds import STANDARD, World
 
 _AT_ONCE = 8
 """Clips rendered and encoded together."""
@@ -64,13 +65,14 @@ def _fingerprint(autoencoder: TinyAutoencoder) -> str:
 class Clips:
     """Batches of encoded clips with their captions, each a function of seed and iteration."""
 
-    def __init__(self, path: Path, *, seed: int, drop: float = 0.0) -> None:
+    def __init__(self, path: Path, *, seed: int, drop: float = 0.0, world: World = STANDARD) -> None:
         """Open the file written by ``prepare``.
 
         Args:
             path: The file.
             seed: Of the batches.
             drop: Share of captions replaced by the empty one, for classifier-free guidance.
+            world: How the scenes are told; the clips of all worlds are the same.
 
         Raises:
             ConfigError: There is no such file.
@@ -80,7 +82,7 @@ class Clips:
         with safe_open(path, "pt") as file:
             self.latents = file.get_tensor("latents")
             self.scene_seed = int(file.metadata()["seed"])
-        self.seed, self.drop = seed, drop
+        self.seed, self.drop, self.world = seed, drop, world
 
     def batch(self, iteration: int, size: int) -> tuple[Tensor, list[str], torch.Generator]:
         """Return clips ``(B, C, T, H, W)``, their captions, and a generator for the rest of the iteration."""
@@ -90,7 +92,7 @@ class Clips:
         for pick in picks.tolist():
             move = tuple(int(rng.integers(side)) for side in self.latents.shape[-2:])
             clips.append(self.latents[pick].float().roll(move, (-2, -1)))
-            text = caption(sample_scene((self.scene_seed, pick)), rng)
+            text = self.world.caption(sample_scene((self.scene_seed, pick)), rng)
             captions.append("" if rng.random() < self.drop else text)
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
         return torch.stack(clips), captions, generator

@@ -29,7 +29,8 @@ from training.models import Model, VideoSettings, geometry_of, load_role, texts_
 from training.state import FILE, newest
 from training.teacher import causal_trajectory, trajectory
 from training.texts import Texts
-from training.world import caption, sample_scene
+from training.world import sample_scene
+from training.worlds import STANDARD, check_runs, check_world, world_called
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +72,12 @@ class PairSettings:
     video: VideoSettings = field(default_factory=VideoSettings)
     """Wan's prompts and sizes; without them it is the demo's world. Clips have 21 latent frames."""
 
+    world: str = "standard"
+    """Which of the demo's worlds, see ``worlds``: ``standard``, or ``hard``, whose captions tell less."""
+
     def __post_init__(self) -> None:
         check_past(self.rollout)
+        check_world(self.world, is_wan=self.video.is_wan)
         if self.source not in ("causal", "bidirectional"):
             raise ConfigError(f"source is {self.source!r}; use 'causal' or 'bidirectional'.")
         if self.steps % self.rollout.steps:
@@ -86,10 +91,10 @@ def captions_of(settings: PairSettings, batch: int, texts: Texts | None = None) 
     size = settings.batch
     if texts is not None:
         return [texts.prompts[(batch * size + index) % len(texts.prompts)] for index in range(size)]
-    captions = []
+    world, captions = world_called(settings.world), []
     for index in range(size):
         rng = np.random.default_rng((settings.seed, 1, batch, index))
-        captions.append(caption(sample_scene(rng), rng))
+        captions.append(world.caption(sample_scene(rng), rng))
     return captions
 
 
@@ -118,6 +123,8 @@ def make_batch(teacher: Model, settings: PairSettings, batch: int) -> Tensor:
 def identity(settings: PairSettings, batch: int, texts: Texts | None = None) -> dict[str, str]:
     """Return all that one file of pairs follows from; a file that says otherwise is made again."""
     skipped = ["out", "pairs", "threads"] + ([] if settings.video.is_wan else ["video"])
+    if settings.world == STANDARD.name:
+        skipped.append("world")  # as before there were others: pairs that exist stay good
     table = {**asdict(settings), "rollout": to_table(settings.rollout)}
     recipe: dict[str, Any] = {name: value for name, value in table.items() if name not in skipped}
     if settings.video.is_wan:
@@ -142,6 +149,8 @@ def main(settings: PairSettings) -> None:
     """Make the pairs that are missing, or were made otherwise; a second start continues."""
     torch.set_num_threads(settings.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not settings.video.is_wan:
+        check_runs(settings.world, {"teacher": settings.teacher})
     texts = settings.video.open_texts(dry_run=False)
     teacher = load_teacher(settings, texts, device)
     out = Path(settings.out)
@@ -182,7 +191,10 @@ class Pairs:
         if not paths:
             raise ConfigError(f"no pairs in {folder}; run training.make_ode_pairs first.")
         metadata = [_metadata(path) for path in paths]
-        self._wraps = "video" not in json.loads(metadata[0]["recipe"])
+        recipe = json.loads(metadata[0]["recipe"])
+        self._wraps = "video" not in recipe
+        self.world: str = recipe.get("world", STANDARD.name)
+        """Of the captions, if they are the demo's."""
         if len({table["recipe"] for table in metadata}) > 1:
             raise ConfigError(
                 f"the pairs in {folder} were made with different settings; run make_ode_pairs again."

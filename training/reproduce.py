@@ -55,7 +55,7 @@ def report(stages: Stages, *, draw: bool = False) -> None:
     table.write(stages, groups)
     plots.gather_sheets(stages)
     if draw:
-        plots.draw(stages.out, groups, stages.settings.horizons)
+        plots.draw(stages.out, groups, stages.settings.horizons, stages.settings.world)
 
 
 def main(settings: ReproduceSettings, *, launch: runner.Launch | None = None) -> None:

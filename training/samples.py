@@ -21,16 +21,17 @@ from sfpp_core.sampler import LongSampler
 from sfpp_core.student import CausalStudent
 from sfpp_core.video import open_writer
 from training.sheets import sheet
-from training.teacher import SAMPLE_PROMPTS, DemoModel
+from training.teacher import DemoModel
 from training.world import SIZE
 from training.world_metrics import clip_ok, mean_seconds, measure, steady
+from training.worlds import STANDARD, World
 
 logger = logging.getLogger(__name__)
 
 CRUSHED, BLOWN = 0.02, 0.98
 """Luma below and above which a pixel has lost its detail."""
 
-WORLD = ("present", "motion", "sharpness")
+WORLD = ("present", "motion", "sharpness", "colour_drift", "pace")
 """Means of the world's measurements that are logged."""
 
 
@@ -43,6 +44,7 @@ def roll_samples(
     *,
     device: torch.device,
     seconds: Sequence[float],
+    world: World = STANDARD,
 ) -> dict[str, float]:
     """Roll out the sample prompts and keep them as ``keep_samples`` does; measure the demo's world too.
 
@@ -53,6 +55,7 @@ def roll_samples(
         path: The sheet, a .png file.
         device: Of the student.
         seconds: Lengths of the videos.
+        world: Whose prompts.
 
     Returns:
         The numbers of ``keep_samples``; and by length the share of videos that are ``right`` and ``steady``
@@ -63,12 +66,12 @@ def roll_samples(
     student = CausalStudent(model.network, model.config)
     sampler = LongSampler(student=student, geometry=geometry, settings=settings, seed=1, device=device)
     decoder.reset()
-    parts = [in_bytes(decoder.decode(clean)) for clean in sampler.chunks(model.words(SAMPLE_PROMPTS))]
+    parts = [in_bytes(decoder.decode(clean)) for clean in sampler.chunks(model.words(world.prompts))]
     decoder.reset()
     videos = torch.cat(parts, dim=1)[:, :frames]
-    numbers = keep_samples(videos, SAMPLE_PROMPTS, path, seconds=seconds)
+    numbers = keep_samples(videos, world.prompts, path, seconds=seconds)
     for length in seconds:
-        numbers |= _world(videos[:, : frames_in(length)], f"{length:g}s")
+        numbers |= _world(videos[:, : frames_in(length)], world.prompts, f"{length:g}s")
     return numbers
 
 
@@ -135,10 +138,10 @@ def in_bytes(frames: Tensor) -> Tensor:
     return (frames.float().clamp(0, 1) * 255).round().byte().cpu()
 
 
-def _world(videos: Tensor, name: str) -> dict[str, float]:
+def _world(videos: Tensor, prompts: Sequence[str], name: str) -> dict[str, float]:
     """Return what the world's ground truth says of the sample prompts' videos, under ``name``."""
     measured = [
-        (measure(video.float() / 255, text), text) for video, text in zip(videos, SAMPLE_PROMPTS, strict=True)
+        (measure(video.float() / 255, text), text) for video, text in zip(videos, prompts, strict=True)
     ]
     means = mean_seconds([second for seconds, _ in measured for second in seconds])
     return {

@@ -201,7 +201,7 @@ def _check_recipe(
 
 
 def read_notes(path: Path) -> dict[str, Any]:
-    """Return ``done``, ``seconds`` and ``recipe`` of the saved state of a run, given its ``last.pt``.
+    """Return what is known of ``done``, ``seconds`` and ``recipe`` of a saved run, given its ``last.pt``.
 
     Raises:
         ConfigError: There is none.
@@ -218,7 +218,7 @@ def read_notes(path: Path) -> dict[str, Any]:
 def _notes_in(path: Path, stamp: tuple[int, int]) -> dict[str, Any]:  # noqa: ARG001 - a changed file is read again
     """Return the notes in a saved state that is one file."""
     state = _read_file(path, lazily=True)
-    return {name: state[name] for name in ("done", "seconds", "recipe")}
+    return {name: state[name] for name in ("done", "seconds", "recipe") if name in state}
 
 
 def read_averaged(path: Path, *, name: str = "model") -> dict[str, Tensor]:

@@ -34,16 +34,6 @@ LATENT_CLIP = (CLIP.latent_frames, *CLIP.chunk_shape[1:])
 QUERY_GAIN = 1.5
 """Initial gain of the query norms: sharper attention, so that motion is found sooner."""
 
-SAMPLE_PROMPTS = (
-    "a red circle moves right slowly",
-    "a blue square moves up fast",
-    "a yellow triangle drifts down and left, slowly",
-    "a green circle glides left fast",
-    "a purple square moves up and right slowly",
-    "an orange triangle moves down fast",
-)
-"""Prompts of the sample sheets."""
-
 
 class DemoModel(nn.Module):
     """Transformer and words, trained together: the teacher, and what the student starts from."""

@@ -1,8 +1,8 @@
 """Stage 2 of the demo: a causal teacher, by flow matching on each chunk given its true past.
 
-It starts from the bidirectional teacher. Its trajectories are what a causal student can follow: a trajectory
-of the bidirectional teacher also depends on what has not happened yet. Run ``python -m training.train_causal
-training/configs/demo_causal.toml [key=value ...]``.
+It starts from the bidirectional teacher, or from a causal one, of another world too. Its trajectories are
+what a causal student can follow: a trajectory of the bidirectional teacher also depends on what has not
+happened yet. Run ``python -m training.train_causal training/configs/demo_causal.toml [key=value ...]``.
 
 Source: the causal teacher of Causal-Forcing (repository thu-ml/Causal-Forcing).
 """
@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,20 +24,22 @@ from sfpp_core.kv_cache import CacheShape
 from sfpp_core.schedule import add_noise, warp
 from sfpp_core.student import CausalStudent
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
+from training import parallel
 from training.config import load
 from training.forcing import check_past, forced_estimates, spread_evenly
-from training.latents import Clips
+from training.latents import Clips, prepare
 from training.loop import LoopSettings, Loss, OptimiserSettings, Plan, Trained, descend, run
 from training.losses import velocity_loss
 from training.samples import roll_samples
 from training.teacher import CLIP, load_demo_model
+from training.worlds import world_called
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CausalSettings:
     """Settings of the causal teacher."""
 
-    SMOKE: ClassVar = ("batch=2", "rollout.steps=1", "loop.sample_seconds=[1, 2]")
+    SMOKE: ClassVar = ("clips=4", "batch=2", "rollout.steps=1", "loop.sample_seconds=[1, 2]")
 
     loop: LoopSettings
     """Length and bookkeeping."""
@@ -45,13 +48,16 @@ class CausalSettings:
     """How it is updated."""
 
     teacher_run: str
-    """``last.pt`` of the bidirectional teacher."""
+    """``last.pt`` of the bidirectional teacher, or of a causal one that has learned another world."""
 
     autoencoder: str
     """Weights of the demo autoencoder, for the sample sheets."""
 
     latents: str
-    """File of encoded clips, made by the teacher's stage."""
+    """File of encoded clips; made if it is missing, which it is not after the teacher's stage."""
+
+    clips: int = 4096
+    """Scenes encoded, where that file is made."""
 
     batch: int = 16
     """Clips computed at once, on each rank."""
@@ -76,20 +82,31 @@ class CausalSettings:
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """Chunk, window and sink; steps and shift of the sample sheets."""
 
+    world: str = "standard"
+    """Which of the demo's worlds, see ``worlds``: ``standard``, or ``hard``, whose captions tell less."""
+
     def __post_init__(self) -> None:
+        world_called(self.world)
         check_past(self.rollout)
 
 
 def main(settings: CausalSettings) -> None:
     """Train the causal teacher."""
-    device = settings.loop.pick_device()
-    clips = Clips(Path(settings.latents), seed=settings.loop.seed + 1, drop=settings.drop)
+    device, world = settings.loop.pick_device(), world_called(settings.world)
     pieces = settings.loop.pieces(settings.batch)
     model = load_demo_model(Path(settings.teacher_run)).to(device)
     shape = CacheShape.of(model.config, CLIP, settings.rollout)
     trained = Trained(model, settings.optimiser, updates=settings.loop.iterations)
     autoencoder = TinyAutoencoder.load(Path(settings.autoencoder)).to(device)
     chunk = settings.rollout.chunk
+
+    @cache
+    def clips() -> Clips:
+        path = Path(settings.latents)
+        with parallel.first():
+            if not path.exists():
+                prepare(path, autoencoder, clips=settings.clips, seed=settings.loop.seed)
+        return Clips(path, seed=settings.loop.seed + 1, drop=settings.drop, world=world)
 
     def loss_of(clean: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
         chunks = clean.shape[2] // chunk
@@ -105,7 +122,7 @@ def main(settings: CausalSettings) -> None:
         return velocity_loss(velocity, clean.to(device), noise.to(device))
 
     def losses(piece: int, batches: int, chunks: int) -> Iterator[Loss]:
-        clean, captions, generator = clips.batch(piece, settings.batch * batches)
+        clean, captions, generator = clips().batch(piece, settings.batch * batches)
         for first in range(0, len(captions), settings.batch):
             part = slice(first, first + settings.batch)
             clip = clean[part, :, : chunks * chunk]
@@ -122,7 +139,13 @@ def main(settings: CausalSettings) -> None:
     def sample(path: Path) -> Mapping[str, float]:
         seconds = settings.loop.sample_seconds
         return roll_samples(
-            trained.averaged, autoencoder, settings.rollout, path, device=device, seconds=seconds
+            trained.averaged,
+            autoencoder,
+            settings.rollout,
+            path,
+            device=device,
+            seconds=seconds,
+            world=world,
         )
 
     clip = (settings.batch, model.config.channels, settings.chunks * chunk, *CLIP.chunk_shape[1:])

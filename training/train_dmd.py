@@ -41,7 +41,8 @@ from training.streaming import Stream, StreamLaw
 from training.texts import Texts
 from training.trained import Trained
 from training.wan_sheets import WanPictures, load_pictures, roll_wan_samples
-from training.world import caption, sample_scene
+from training.world import sample_scene
+from training.worlds import check_runs, world_called
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,8 @@ def draw_captions(
     rng = np.random.default_rng((settings.loop.seed, 4, piece))
     if texts is not None:
         return texts.draw(rng, settings.batch), rng
-    return [caption(sample_scene(rng), rng) for _ in range(settings.batch)], rng
+    world = world_called(settings.world)
+    return [world.caption(sample_scene(rng), rng) for _ in range(settings.batch)], rng
 
 
 class Rollouts:
@@ -77,7 +79,8 @@ class Rollouts:
         )
         self.clips: Clips | None = None
         if settings.past == "data":
-            self.clips = Clips(Path(settings.latents), seed=settings.loop.seed + 2)
+            world = world_called(settings.world)
+            self.clips = Clips(Path(settings.latents), seed=settings.loop.seed + 2, world=world)
         count = pieces.per_rank if settings.streaming else 0
         self.streams = [Stream(law, roles.shape) for _ in range(count)]
 
@@ -286,12 +289,17 @@ def samples_of(
         assert not isinstance(autoencoder, TinyAutoencoder)
         return roll_wan_samples(model, autoencoder, settings.rollout, settings.video, path, seconds=seconds)
     assert isinstance(autoencoder, TinyAutoencoder)
-    return roll_samples(model, autoencoder, settings.rollout, path, device=device, seconds=seconds)
+    world = world_called(settings.world)
+    return roll_samples(
+        model, autoencoder, settings.rollout, path, device=device, seconds=seconds, world=world
+    )
 
 
 def main(settings: DmdSettings) -> None:
     """Train the student against the teacher, and the critic against the student."""
     device = settings.loop.pick_device()
+    if not settings.video.is_wan:
+        check_runs(settings.world, {"teacher_run": settings.teacher_run, "student_run": settings.student_run})
     texts = settings.video.open_texts(dry_run=settings.loop.dry_run)
     roles = load_roles(settings, None, device, texts)
     config, encodes = roles.student.config, settings.first_latent == "reencode"

@@ -51,7 +51,8 @@ from training.samples import roll_samples
 from training.teacher import DemoModel
 from training.texts import DTYPES, Texts
 from training.wan_sheets import roll_wan_samples
-from training.world import caption, sample_scene
+from training.world import sample_scene
+from training.worlds import check_runs, world_called
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +86,9 @@ class Batch:
         """
         rng = np.random.default_rng((settings.loop.seed, 6, iteration))
         size, batches = settings.at_once or settings.group, []
+        world = world_called(settings.world)
         for group in range(settings.prompts):
-            text = caption(sample_scene(rng), rng) if texts is None else texts.draw(rng, 1)[0]
+            text = world.caption(sample_scene(rng), rng) if texts is None else texts.draw(rng, 1)[0]
             starts, actions = rng.integers(2**62, size=(2, settings.group)).tolist()
             if settings.same_start:
                 starts = starts[:1] * settings.group
@@ -187,6 +189,8 @@ class Policy:
 
 def starting_model(settings: GrpoSettings, texts: Texts | None, device: torch.device) -> Model:
     """Return what the student starts from: a run, for Wan also a checkpoint, or the embedded demo."""
+    if not settings.video.is_wan:
+        check_runs(settings.world, {"student_run": settings.student_run})
     if settings.student_run:
         narrow = settings.video.is_wan and settings.optimiser.lora.rank
         dtype = torch.bfloat16 if narrow else torch.float32
@@ -299,6 +303,7 @@ class Learner:
             path.with_name(f"{path.stem}_long.png"),
             device=self.policy.device,
             seconds=settings.loop.sample_seconds,
+            world=world_called(settings.world),
         )
         return {f"exam/{name}": mean for name, mean in means.items()} | longer
 
@@ -309,7 +314,8 @@ class Learner:
     def _sat_exams(self, model: DemoModel) -> Iterator[tuple[Tensor, str]]:
         """Yield the videos ``model`` makes for the exam and their captions."""
         settings = self.settings
-        for captions, noise in papers(settings.exam_videos, at_once=settings.at_once or settings.group):
+        world, at_once = world_called(settings.world), settings.at_once or settings.group
+        for captions, noise in papers(settings.exam_videos, at_once=at_once, world=world):
             trace = self.policy.play(captions, noise, model=model)
             yield from zip(self._frames(trace), captions, strict=True)
 

@@ -22,7 +22,7 @@ from sfpp_core.config import RolloutSettings
 from sfpp_core.kv_cache import CacheShape
 from sfpp_core.student import CausalStudent
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
-from training.config import load
+from training.config import ConfigError, load
 from training.cost import COPIES, copies_of, held, regression_operations
 from training.forcing import check_past, forced_estimates
 from training.loop import LoopSettings, Loss, OptimiserSettings, Plan, Trained, descend, run
@@ -30,6 +30,7 @@ from training.make_ode_pairs import Pairs
 from training.models import VideoSettings, WanModel, attention_of, geometry_of, load_role
 from training.samples import roll_samples
 from training.wan_sheets import WanPictures, load_pictures, roll_wan_samples
+from training.worlds import check_runs, check_world, world_called
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +67,11 @@ class OdeSettings:
     video: VideoSettings = field(default_factory=VideoSettings)
     """Wan's prompts and sizes; without them it is the demo's world."""
 
+    world: str = "standard"
+    """Which of the demo's worlds, see ``worlds``: ``standard``, or ``hard``, whose captions tell less."""
+
     def __post_init__(self) -> None:
+        check_world(self.world, is_wan=self.video.is_wan)
         check_past(self.rollout)
 
 
@@ -87,10 +92,27 @@ def pick_states(states: Tensor, levels: list[int], chunk: int) -> Tensor:
     return torch.cat([piece[level] for piece, level in zip(pieces, levels, strict=True)], dim=2)
 
 
+def open_pairs(settings: OdeSettings, clip: tuple[int, ...]) -> Pairs:
+    """Return the pairs of clips of the shape ``clip``.
+
+    Raises:
+        ConfigError: As ``Pairs``; or they are of another world.
+    """
+    pairs = Pairs(Path(settings.pairs), clip)
+    if pairs.world != settings.world:
+        raise ConfigError(
+            f"the pairs in {settings.pairs} are of the {pairs.world} world, and this is of the "
+            f"{settings.world} world; make pairs of it, or set world={pairs.world}."
+        )
+    return pairs
+
+
 def main(settings: OdeSettings) -> None:
     """Train the causal initialisation."""
     device = settings.loop.pick_device()
     rollout = settings.rollout
+    if not settings.video.is_wan:
+        check_runs(settings.world, {"teacher_run": settings.teacher_run})
     texts = settings.video.open_texts(dry_run=settings.loop.dry_run)
     narrow = settings.optimiser.lora.rank and settings.video.is_wan
     dtype = torch.bfloat16 if narrow else torch.float32
@@ -100,7 +122,7 @@ def main(settings: OdeSettings) -> None:
     geometry = geometry_of(settings.video, model.config, chunk=rollout.chunk)
     shape = CacheShape.of(model.config, geometry, rollout)
     clip = (model.config.channels, geometry.latent_frames, *geometry.chunk_shape[1:])
-    pairs = None if settings.loop.dry_run else Pairs(Path(settings.pairs), clip)
+    pairs = None if settings.loop.dry_run else open_pairs(settings, clip)
     schedule = rollout.schedule()
     trained = Trained(model, settings.optimiser, updates=settings.loop.iterations)
     autoencoder = load_pictures(settings.autoencoder, settings.video, model.config, device=device)
@@ -137,7 +159,10 @@ def main(settings: OdeSettings) -> None:
                 trained.averaged, pictures, rollout, settings.video, path, seconds=seconds
             )
         assert isinstance(autoencoder, TinyAutoencoder)
-        return roll_samples(trained.averaged, autoencoder, rollout, path, device=device, seconds=seconds)
+        world = world_called(settings.world)
+        return roll_samples(
+            trained.averaged, autoencoder, rollout, path, device=device, seconds=seconds, world=world
+        )
 
     plan = Plan(
         pieces=pieces,

@@ -21,7 +21,8 @@ from training.config import load
 from training.latents import Clips, prepare
 from training.loop import LoopSettings, Loss, OptimiserSettings, Plan, Trained, descend, run
 from training.sheets import sheet
-from training.teacher import LATENT_CLIP, SAMPLE_PROMPTS, DemoModel, load_demo_model, trajectory
+from training.teacher import LATENT_CLIP, DemoModel, load_demo_model, trajectory
+from training.worlds import world_called
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +48,8 @@ class TeacherSettings:
     """Architecture; every later stage takes it over."""
 
     start_run: str = ""
-    """``last.pt`` of a run whose weights it starts from, the causal teacher for one; empty starts anew."""
+    """``last.pt`` of a run whose weights it starts from, the causal teacher for one; empty starts anew.
+    It may have learned another world."""
 
     autoencoder: str
     """Weights of the demo autoencoder."""
@@ -70,10 +72,16 @@ class TeacherSettings:
     guidance: float = 2.0
     """Guidance of the sample sheets."""
 
+    world: str = "standard"
+    """Which of the demo's worlds, see ``worlds``: ``standard``, or ``hard``, whose captions tell less."""
+
+    def __post_init__(self) -> None:
+        world_called(self.world)
+
 
 def main(settings: TeacherSettings) -> None:
     """Train the teacher."""
-    device = settings.loop.pick_device()
+    device, world = settings.loop.pick_device(), world_called(settings.world)
     autoencoder = TinyAutoencoder.load(Path(settings.autoencoder)).to(device)
     pieces = settings.loop.pieces(settings.batch)
     teacher = first_weights(settings).to(device)
@@ -84,7 +92,7 @@ def main(settings: TeacherSettings) -> None:
         path = Path(settings.latents)
         with parallel.first():
             prepare(path, autoencoder, clips=settings.clips, seed=settings.loop.seed)
-        return Clips(path, seed=settings.loop.seed, drop=settings.drop)
+        return Clips(path, seed=settings.loop.seed, drop=settings.drop, world=world)
 
     def loss_of(piece: int) -> Loss:
         clean, captions, generator = clips().batch(piece, settings.batch)
@@ -108,11 +116,11 @@ def main(settings: TeacherSettings) -> None:
         averaged = trained.averaged
         generator = torch.Generator().manual_seed(1)
         noise = torch.randn(
-            len(SAMPLE_PROMPTS), settings.model.channels, *LATENT_CLIP, generator=generator
+            len(world.prompts), settings.model.channels, *LATENT_CLIP, generator=generator
         ).to(device)
-        *_, (_, clean) = trajectory(averaged, noise, SAMPLE_PROMPTS, steps=24, guidance=settings.guidance)
+        *_, (_, clean) = trajectory(averaged, noise, world.prompts, steps=24, guidance=settings.guidance)
         rows = []
-        for prompt, clip in zip(SAMPLE_PROMPTS, clean, strict=True):
+        for prompt, clip in zip(world.prompts, clean, strict=True):
             autoencoder.reset()
             rows.append((prompt, autoencoder.decode(clip[None])[0]))
         sheet(rows, path)

@@ -302,6 +302,15 @@ def caption(scene: Scene, rng: np.random.Generator | int) -> str:
     )
 
 
+def short_caption(scene: Scene, rng: np.random.Generator | int) -> str:
+    """Return one way to say shape and direction alone, e.g. ``a box drifting down and left``."""
+    rng = np.random.default_rng(rng)
+    article, shape = _pick(rng, ("a", "a", "the", "one")), _pick(rng, _SHAPE_WORDS[scene.shape])
+    verb = _pick(rng, tuple(_VERBS))
+    verb = _pick(rng, (verb, verb, _VERBS[verb], f"is {_VERBS[verb]}"))
+    return f"{article} {shape} {verb} {_where(scene.direction, rng)}"
+
+
 def _where(direction: str, rng: np.random.Generator) -> str:
     """Return a phrase for one of the eight directions."""
     axes = direction.split()

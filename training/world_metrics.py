@@ -1,10 +1,10 @@
 """What is right and wrong in a video of the demo world, measured against its caption, second by second.
 
-The world is known, so nothing is learned here: the shape is cut out by its chroma, matched with the templates
-it was drawn from and followed around the torus. What the caption does not name (exposure, tint, gradation) is
-compared with the world's support and with the video's own first second.
+How it is measured is in ``world_cut``. What the caption does not name (exposure, tint, gradation) is compared
+with the world's support and with the video's own first second; so are the object's colour and its speed where
+the caption leaves them open.
 
-The limits of ``clip_ok`` were fixed before any student was trained.
+The limits of ``clip_ok`` were fixed before any student was trained; what is left open is held to the same.
 
 Legend: F frames, H and W pixels. Luma and chroma are Rec. 709, of values in [0, 1].
 """
@@ -17,20 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.world import (
-    COLOURS,
-    DIRECTIONS,
-    FPS,
-    GRADATION,
-    LUMA,
-    LUMA_WEIGHTS,
-    SHAPES,
-    SPEEDS,
-    TINT,
-    Wanted,
-    parse_caption,
-    template,
-)
+from training.world import DIRECTIONS, FPS, Wanted, parse_caption
+from training.world_cut import background, cut_out, hue, look, luma_chroma, match, track
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,14 +62,11 @@ class Limits:
 LIMITS = Limits()
 """The limits every table uses."""
 
-PRESENT_CHROMA = 0.12
-"""Least chroma distance between object and background; the world's own is at least 0.23."""
+STILL = 0.25
+"""Pixels per frame below which an object stands still; the world's slowest moves by 1."""
 
-PRESENT_AREA = (0.5, 1.6)
-"""Plausible area of the object, as a share of the template's."""
-
-CRUSHED, BLOWN = 0.04, 0.96
-"""Luma below and above which a pixel has lost its detail; the world's backgrounds stay within 0.1 and 0.9."""
+HERE = 0.5
+"""Least share of a second's frames that show an object, for it to be compared with the first second's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,10 +86,11 @@ class Second:
     """Pixels per frame along x and y, from the object's track on the torus."""
 
     motion: float
-    """Velocity along the wanted one over the wanted speed: 1 = truth, 0 = frozen; nan if not named."""
+    """Velocity along the wanted one over the wanted speed, or the world's nearest if only the direction is
+    named: 1 = truth, 0 = frozen; nan if neither is."""
 
     motion_error: float
-    """Length of the velocity's error as a share of the wanted speed; nan if not named."""
+    """Length of the velocity's error as a share of the same speed; nan if no direction is named."""
 
     jump: float
     """Largest deviation of one displacement from the wanted one, or from the mean, in pixels."""
@@ -151,6 +137,20 @@ class Second:
     blown: float
     """Share of the background's pixels that are nearly white."""
 
+    seen: tuple[float, float, float] = (math.nan, math.nan, math.nan)
+    """RGB of the object. This and what follows is nan in measurements made before it was measured."""
+
+    colour_drift: float = math.nan
+    """RGB distance between the object and itself in the first second. This and what follows is nan where an
+    object is there in less than ``HERE`` of the frames of this second or of the first."""
+
+    hue_drift: float = math.nan
+    """Change of the object's hue since the first second, in degrees from 0 to 180."""
+
+    pace: float = math.nan
+    """Speed along the named direction over that of the first second: 1 = as in it, 0 = frozen; nan too if no
+    direction is named. A first second slower than ``STILL`` counts as that fast."""
+
 
 class Measuring:
     """Measures one video that is given second by second, so that none has to be held whole."""
@@ -180,7 +180,10 @@ def measure(video: Tensor, caption: str | Wanted) -> list[Second]:
 
 
 def failures(second: Second, wanted: Wanted, limits: Limits = LIMITS) -> tuple[str, ...]:
-    """Return the names of the measurements that break a limit, none if the second is right."""
+    """Return the names of the measurements that break a limit, none if the second is right.
+
+    A colour or a speed that is not wanted by name has to stay that of the first second.
+    """
     least, largest = limits.sharpness
     broken = {
         "present": second.present < limits.present,
@@ -188,6 +191,8 @@ def failures(second: Second, wanted: Wanted, limits: Limits = LIMITS) -> tuple[s
         "motion": second.motion_error > limits.motion,
         "jump": second.jump > limits.jump,
         "colour": wanted.colour not in (None, second.colour) or not second.colour_error <= limits.colour,
+        "identity": wanted.colour is None and second.colour_drift > limits.colour,
+        "pace": wanted.speed is None and abs(second.pace - 1) > limits.motion,
         "contrast": not second.contrast >= limits.contrast,
         "sharpness": not least <= second.sharpness <= largest,
         "roughness": second.roughness > limits.roughness,
@@ -219,150 +224,56 @@ def mean_seconds(seconds: Sequence[Second]) -> dict[str, float]:
     return means
 
 
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """Frames taken apart into object and background."""
-
-    mask: Tensor
-    """Share of the object in each pixel, ``(F, H, W)``."""
-
-    present: Tensor
-    """Whether one object of a plausible size is there, ``(F,)``."""
-
-    behind: Tensor
-    """Pixels that are surely background, ``(F, H, W)``, 1 or 0."""
-
-
-def _cut(frames: Tensor, chroma: Tensor) -> _Cut:
-    """Separate the object by its chroma: the background of a frame has one, whatever its gradation."""
-    area = float(template("circle").sum())
-    difference = (chroma - chroma.flatten(2).median(-1).values[..., None, None]).flatten(2)
-    strongest = difference.square().sum(1).topk(int(area / 2), dim=-1).indices
-    # Rendering mixes linearly, so the share of the object's chroma in a pixel is its coverage.
-    towards = difference.gather(2, strongest[:, None].expand(-1, 2, -1)).mean(-1)
-    length = towards.square().sum(1).clamp_min(1e-6)
-    mask = ((difference * towards[..., None]).sum(1) / length[:, None]).clamp(0, 1)
-    mask = torch.where(mask < 0.1, 0.0, mask).unflatten(1, frames.shape[2:])
-    share = mask.sum((1, 2)) / area
-    present = (length.sqrt() > PRESENT_CHROMA) & (share > PRESENT_AREA[0]) & (share < PRESENT_AREA[1])
-    near = mask
-    for axis in (1, 2):
-        near = torch.maximum(near, torch.maximum(near.roll(1, axis), near.roll(-1, axis)))
-    return _Cut(mask, present, (near < 0.1).float())
-
-
 def _measure_second(frames: Tensor, before: Tensor, wanted: Wanted, first: Second | None) -> Second:
     joined = torch.cat([before, frames]).float()
-    luma, chroma = _luma_chroma(joined)
-    cut = _cut(joined, chroma)
+    luma, chroma = luma_chroma(joined)
+    cut = cut_out(joined, chroma)
     kept = slice(len(before), None)
-    shape, iou = _match(cut.mask[kept], wanted.shape)
-    backdrop = _backdrop(luma, chroma, cut.behind, kept)
+    shape, iou = match(cut.mask[kept], wanted.shape)
+    backdrop = background(luma, chroma, cut.behind, kept)
     tint, mean = backdrop["tint"], backdrop["luma"]
+    tracked = track(cut.mask, cut.present, wanted)
+    looked = look(joined[kept], cut.mask[kept], cut.behind[kept], wanted)
+    present = float(cut.present[kept].float().mean())
     return Second(
-        present=float(cut.present[kept].float().mean()),
+        present=present,
         shape=shape,
         iou=iou,
-        **_track(cut.mask, cut.present, wanted),
-        **_look(joined[kept], cut.mask[kept], cut.behind[kept], wanted),
+        **tracked,
+        **looked,
         **backdrop,
         luma_drift=mean - first.luma if first else 0.0,
         tint_drift=math.dist(tint, first.tint) if first else 0.0,
+        **_since_the_first(present, looked["seen"], tracked["velocity"], wanted, first),
     )
 
 
-def _match(mask: Tensor, wanted: str | None) -> tuple[str, float]:
-    """Return the best shape and the mean overlap with the wanted one (or the best) at its best place."""
-    sides = (mask.shape[1], mask.shape[2])
-    spectrum, overlaps = torch.fft.rfft2(mask), []
-    rows, columns = torch.arange(sides[0]), torch.arange(sides[1])
-    for shape in SHAPES:
-        drawn = template(shape, sides).to(mask.device)
-        fit = torch.fft.irfft2(spectrum * torch.fft.rfft2(drawn).conj(), s=sides).flatten(1).argmax(1).cpu()
-        y, x = fit // sides[1], fit % sides[1]
-        placed = drawn[
-            ((rows - y[:, None]) % sides[0])[:, :, None], ((columns - x[:, None]) % sides[1])[:, None]
-        ]
-        overlaps.append(torch.minimum(mask, placed).sum((1, 2)) / torch.maximum(mask, placed).sum((1, 2)))
-    overlap = torch.stack(overlaps)
-    best = int(torch.bincount(overlap.argmax(0), minlength=len(SHAPES)).argmax())
-    return SHAPES[best], float(overlap[best if wanted is None else SHAPES.index(wanted)].mean())
-
-
-def _track(mask: Tensor, present: Tensor, wanted: Wanted) -> dict[str, Any]:
-    """Follow the object's centroid, which on a torus is an angle, and compare with the wanted velocity."""
-    where = torch.stack([_angle(mask.sum(1)), _angle(mask.sum(2))], -1).double()
-    turns = torch.remainder(where.diff(dim=0) + math.pi, 2 * math.pi) - math.pi
-    sides = torch.tensor([mask.shape[2], mask.shape[1]], dtype=torch.double, device=mask.device)
-    moves = (turns * sides / (2 * math.pi))[present[1:] & present[:-1]]
-    if not len(moves):
-        return {"velocity": (0.0, 0.0), "motion": 0.0, "motion_error": 1.0, "jump": math.inf}
-    velocity = moves.mean(0)
-    if wanted.direction is None or wanted.speed is None:
-        jump = (moves - velocity).norm(dim=1).max()
-        motion, error = math.nan, math.nan
-    else:
-        true = velocity.new_tensor(DIRECTIONS[wanted.direction]) * SPEEDS[wanted.speed]
-        jump = (moves - true).norm(dim=1).max()
-        motion, error = float(velocity @ true / (true @ true)), float((velocity - true).norm() / true.norm())
-    pair = (float(velocity[0]), float(velocity[1]))
-    return {"velocity": pair, "motion": motion, "motion_error": error, "jump": float(jump)}
-
-
-def _angle(profile: Tensor) -> Tensor:
-    """Return the mean angle of profiles ``(F, L)`` around the torus."""
-    turn = torch.arange(profile.shape[1], device=profile.device) * (2 * math.pi / profile.shape[1])
-    return torch.atan2((profile * turn.sin()).sum(1), (profile * turn.cos()).sum(1))
-
-
-def _look(frames: Tensor, mask: Tensor, behind: Tensor, wanted: Wanted) -> dict[str, Any]:
-    """Measure colour, contrast and outline of the object."""
-    inside = (mask > 0.9).float()[:, None]
-    seen = (frames * inside).sum((0, 2, 3)) / inside.sum().clamp_min(1)
-    backdrop = (frames * behind[:, None]).sum((0, 2, 3)) / behind.sum().clamp_min(1)
-    colours = torch.tensor(list(COLOURS.values()), device=frames.device)
-    distances = (colours - seen).norm(dim=1)
-    nearest = tuple(COLOURS)[int(distances.argmin())]
-    named = tuple(COLOURS).index(wanted.colour or nearest)
-    drawn = template(wanted.shape or "circle", (mask.shape[1], mask.shape[2])).to(mask)
+def _since_the_first(
+    present: float,
+    seen: tuple[float, float, float],
+    velocity: tuple[float, float],
+    wanted: Wanted,
+    first: Second | None,
+) -> dict[str, Any]:
+    """Compare the object of a second with that of the first."""
+    if min(present, first.present if first else present) < HERE:
+        return {}
+    turned = abs(hue(seen) - hue(first.seen if first else seen))
+    along = speed_along(velocity, wanted)
+    along_first = speed_along(first.velocity, wanted) if first else along
     return {
-        "colour": nearest,
-        "colour_error": float(distances[named]),
-        "contrast": float((seen - backdrop).norm() / (colours[named] - backdrop).norm().clamp_min(1e-6)),
-        "sharpness": float(_gradient_energy(mask) / _gradient_energy(drawn[None])),
+        "colour_drift": math.dist(seen, first.seen if first else seen),
+        "hue_drift": min(turned, 360 - turned),
+        "pace": along / max(along_first, STILL),
     }
 
 
-def _backdrop(luma: Tensor, chroma: Tensor, behind: Tensor, kept: slice) -> dict[str, Any]:
-    """Measure the background: exposure, tint, gradation, roughness, flicker and what the support says."""
-    weight = behind.sum((1, 2)).clamp_min(1)
-    means = (luma * behind).sum((1, 2)) / weight
-    spread = ((luma - means[:, None, None]).square() * behind).sum((1, 2)) / weight
-    around = luma.roll(1, 1) + luma.roll(-1, 1) + luma.roll(1, 2) + luma.roll(-1, 2)
-    tints = ((chroma * behind[:, None]).sum((2, 3)) / weight[:, None])[kept].mean(0)
-    inner, share = behind[kept], weight[kept].sum()
-    exposure, gradation = float(means[kept].mean()), float((2 * spread[kept]).sqrt().mean())
-    tint = (float(tints[0]), float(tints[1]))
-    beyond = (LUMA[0] - exposure, exposure - LUMA[1], math.hypot(*tint) - TINT, gradation - GRADATION[1])
-    return {
-        "luma": exposure,
-        "tint": tint,
-        "gradation": gradation,
-        "roughness": float(((around - 4 * luma)[kept].abs() * inner).sum() / share),
-        "flicker": float(means.diff().abs().max()) if len(means) > 1 else 0.0,
-        "overshoot": max(0.0, *beyond),
-        "crushed": float(((luma[kept] < CRUSHED) * inner).sum() / share),
-        "blown": float(((luma[kept] > BLOWN) * inner).sum() / share),
-    }
+def speed_along(velocity: tuple[float, float], wanted: Wanted) -> float:
+    """Return the speed along the wanted direction, in pixels per frame along each axis that it moves on.
 
-
-def _luma_chroma(frames: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the luma ``(F, H, W)`` and the (Cb, Cr) ``(F, 2, H, W)``."""
-    red, green, blue = frames.unbind(1)
-    luma = LUMA_WEIGHTS[0] * red + LUMA_WEIGHTS[1] * green + LUMA_WEIGHTS[2] * blue
-    pair = [(blue - luma) / (2 - 2 * LUMA_WEIGHTS[2]), (red - luma) / (2 - 2 * LUMA_WEIGHTS[0])]
-    return luma, torch.stack(pair, 1)
-
-
-def _gradient_energy(x: Tensor) -> Tensor:
-    return ((x - x.roll(1, 1)).square() + (x - x.roll(1, 2)).square()).sum((1, 2)).mean()
+    nan if none is wanted.
+    """
+    if wanted.direction is None:
+        return math.nan
+    x, y = DIRECTIONS[wanted.direction]
+    return (velocity[0] * x + velocity[1] * y) / (x * x + y * y)

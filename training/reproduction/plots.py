@@ -8,7 +8,15 @@ from typing import Any
 
 from training.config import ConfigError
 from training.reproduction.stages import Stages
-from training.reproduction.summary import SECONDS, Spread, Student, drift_over_time, spread_of
+from training.reproduction.summary import (
+    OVER_TIME,
+    SECONDS,
+    Spread,
+    Student,
+    numbers_of,
+    over_time,
+    spread_of,
+)
 from training.reproduction.table import MAIN, Groups
 
 _WIDTH, _HEIGHT = 6.0, 4.0
@@ -26,30 +34,39 @@ def check_plots() -> None:
         )
 
 
-def draw(out: Path, groups: Groups, horizons: Sequence[int]) -> None:
-    """Write ``drift.png``, and ``right.png`` and ``range.png``, of all methods that are no ablations."""
+def draw(out: Path, groups: Groups, horizons: Sequence[int], world: str) -> None:
+    """Write ``drift.png``, ``right.png`` and ``range.png`` of all methods that are no ablations.
+
+    Of a world whose captions leave colour and speed open also ``open.png``.
+    """
     methods = [method for method in MAIN if method in groups]
     methods += [method for method, group in groups.items() if method not in MAIN and not group[0].ablates]
     shown = {method: groups[method] for method in methods}
     if not shown:
         return
-    _draw_drift(out / "drift.png", shown)
+    told = numbers_of(world)
+    _draw_drift(out / "drift.png", shown, [name for name in OVER_TIME if name in told])
     _draw_horizons(out / "right.png", shown, horizons, ("right", "right at the end"))
     _draw_horizons(out / "range.png", shown, horizons, ("out of range", "crushed or blown"))
+    if "other colour" in told:
+        _draw_horizons(out / "open.png", shown, horizons, ("other colour", "frozen"))
 
 
-def _draw_drift(path: Path, shown: Groups) -> None:
-    """Draw exposure and tint drift over time."""
-    figure, axes = _figure(2)
+def _draw_drift(path: Path, shown: Groups, names: Sequence[str]) -> None:
+    """Draw numbers over time."""
+    figure, axes = _figure(len(names))
     for colour, (method, group) in enumerate(shown.items()):
-        for axis, (name, spreads) in zip(axes, drift_over_time(group).items(), strict=True):
+        for axis, name in zip(axes, names, strict=True):
+            spreads = over_time(group, name)
             seconds = range(1, len(spreads) + 1)
             means, widths = [s.mean for s in spreads], [_width(s) for s in spreads]
             low = [mean - width for mean, width in zip(means, widths, strict=True)]
             high = [mean + width for mean, width in zip(means, widths, strict=True)]
             axis.plot(seconds, means, color=f"C{colour}", label=_label(method, group))
             axis.fill_between(seconds, low, high, color=f"C{colour}", alpha=0.2, linewidth=0)
-            axis.set(xlabel="second of the video", ylabel=name, xscale="log")
+            # Limits of its own: an axis with nothing to draw has none.
+            width = (0.95, 1.05 * len(spreads))
+            axis.set(xlabel="second of the video", ylabel=name, xscale="log", xlim=width)
     _save(figure, axes, path)
 
 
@@ -65,6 +82,7 @@ def _draw_horizons(path: Path, shown: Groups, horizons: Sequence[int], names: Se
                 places, means, widths, color=f"C{colour}", marker="o", capsize=3, label=_label(method, group)
             )
         axis.set(xlabel=f"length, in multiples of {SECONDS} s", ylabel=name, xscale="log", ylim=(-0.02, 1.02))
+        axis.set_xlim(0.9 * min(horizons), 1.25 * max(horizons))
         axis.set_xticks(list(horizons), [f"{h}x" for h in horizons], minor=False)
     _save(figure, axes, path)
 

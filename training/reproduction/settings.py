@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from training.config import ConfigError
+from training.worlds import world_called
 
 KINDS = (
     "autoencoder", "teacher", "causal", "pairs", "ode", "self_forcing", "self_forcing_plus", "grpo",
@@ -36,6 +37,9 @@ class ReproduceSettings:
 
     out: str
     """Folder of everything that is made."""
+
+    world: str = "standard"
+    """Which of the demo's worlds, see ``worlds``; every stage but the autoencoder is told."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of distribution matching, the same for all methods. The stages before it are made once."""
@@ -94,6 +98,7 @@ class ReproduceSettings:
     """By what is changed (``self_forcing`` or ``self_forcing_plus``) and a name of one's own: overrides."""
 
     def __post_init__(self) -> None:
+        world_called(self.world)
         for name in ("jobs", "threads", "captions", "batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")

@@ -14,6 +14,7 @@ from training.journal import read_pace
 from training.reproduction.layout import MODULES, Stage, lay_out
 from training.reproduction.settings import MATCHED, ReproduceSettings
 from training.state import FILE, newest, read_notes
+from training.worlds import STANDARD, check_runs
 
 SMOKE = {
     "pairs": ("pairs=4", "batch=2", "steps=4"),
@@ -79,6 +80,8 @@ class Stages:
             words += [f"loop.threads={settings.threads}", *settings.overrides.get("training", ())]
         if kind == "evaluate":
             words += self._exam(stage)
+        if kind != "autoencoder":
+            words.append(f"world={settings.world}")
         words += [*settings.overrides.get(kind, ()), *stage.overrides]
         words += [f"{setting}={self.result(name)}" for setting, name in stage.inputs.items()]
         if stage.clock:
@@ -139,10 +142,11 @@ class Stages:
     def _is_trained(self, stage: Stage, settings: Any) -> bool:
         """Return whether the run in a stage's folder has made all its updates."""
         notes, wanted = read_notes(self.folder(stage.name) / FILE), settings.loop.iterations
+        before = {"world": STANDARD.name, **notes["recipe"]}  # older runs know of no other
         for name, value in flatten(asdict(settings)).items():
-            if notes["recipe"].get(name, value) != value:
+            if before.get(name, value) != value:
                 raise ConfigError(
-                    f"{self.folder(stage.name)} holds a run with {name} = {notes['recipe'][name]}, and it is "
+                    f"{self.folder(stage.name)} holds a run with {name} = {before[name]}, and it is "
                     f"{value} now; put it back, or choose another folder for out."
                 )
         if notes["done"] > wanted:
@@ -201,10 +205,10 @@ class Stages:
             there = Path(path).is_dir() if name == "pairs" else newest(Path(path)) is not None
             if not there:
                 raise ConfigError(f"{name} is given as {path}, which does not exist.")
-        if "teacher" in self._given and not {"latents", "causal"} & set(self._given):
-            raise ConfigError(
-                "teacher is given and latents is not; give the file of latents it learned from."
-            )
+        # The teacher may have learned another world: the causal one begins with it.
+        others = ("autoencoder", "teacher", "pairs", "latents")
+        runs = {name: path for name, path in self._given.items() if name not in others}
+        check_runs(self.settings.world, runs)
 
     def _check_equal_updates(self) -> None:
         """Refuse methods that would not be compared at equal updates of the student."""

@@ -3,27 +3,33 @@
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 from training.digests import stamp
 from training.measuring import read_second
-from training.world_metrics import LIMITS, Second, clip_ok
+from training.world import parse_caption
+from training.world_metrics import LIMITS, STILL, Second, clip_ok, speed_along
+from training.worlds import HARD
 
 SECONDS = 5
 """Whole seconds in the teacher's horizon, and at the end of each horizon that is measured."""
 
-SHARES = ("right", "right at the end", "out of range")
+SHARES = ("right", "right at the end", "out of range", "other colour", "frozen")
 """Numbers that are 0 or 1 for each clip."""
 
 NUMBERS = (
-    *SHARES, "exposure drift", "tint drift", "overshoot", "crushed or blown", "motion", "IoU", "sharpness",
+    "right", "right at the end", "out of range", "exposure drift", "tint drift", "overshoot",
+    "crushed or blown", "motion", "IoU", "sharpness",
 )  # fmt: skip
 """What is told of each horizon."""
 
-DIGITS = {"exposure drift": 3, "tint drift": 3, "overshoot": 3, "crushed or blown": 3}
+LEFT_OPEN = ("colour drift", "hue drift", "other colour", "pace", "frozen")
+"""What is told besides where captions leave colour and speed open."""
+
+DIGITS = {"exposure drift": 3, "tint drift": 3, "overshoot": 3, "crushed or blown": 3, "hue drift": 1}
 """Decimals of what has not two."""
 
 EXPLAINED = {
@@ -36,9 +42,19 @@ EXPLAINED = {
     "tint drift": "mean distance of its (Cb, Cr), last 5 s",
     "overshoot": "mean distance beyond the world's range, last 5 s",
     "crushed or blown": "share of the background's pixels nearly black or nearly white, last 5 s",
-    "motion": "velocity along the wanted one, over the wanted speed: 1 is right, 0 frozen; last 5 s",
+    "motion": "velocity along the wanted one, over the wanted speed, or where none is wanted the world's "
+    "nearest: 1 is right, 0 frozen; last 5 s",
     "IoU": "overlap with the template of the wanted shape, last 5 s",
     "sharpness": "gradient energy of the outline, over the true one; last 5 s",
+    "colour drift": "mean RGB distance of the object from itself in the clip's own first second, last 5 s; "
+    "this and the following are of the seconds that show an object",
+    "hue drift": "mean change of its hue since then in degrees, last 5 s",
+    "other colour": "share of clips in which the named colour nearest to the object's is not that of the "
+    "first second in some second of the last 5",
+    "pace": "speed along the wanted direction over that of the clip's own first second: 1 is as in it, 0 "
+    "frozen; last 5 s",
+    "frozen": f"share of clips that move by less than {STILL} pixels per frame along the wanted direction in "
+    "some second of the last 5; the slowest true one is 1",
 }
 """What each number is."""
 
@@ -60,7 +76,12 @@ class Student:
     """Of each video."""
 
     at: Mapping[int, Mapping[str, Sequence[float]]]
-    """By horizon, every number of ``NUMBERS`` for each clip; nan where a clip has none."""
+    """By horizon, every number of ``NUMBERS`` and ``LEFT_OPEN`` for each clip; nan where a clip has none."""
+
+
+def numbers_of(world: str) -> tuple[str, ...]:
+    """Return what the tables of a world tell of each horizon."""
+    return (*NUMBERS, *LEFT_OPEN) if world == HARD.name else NUMBERS
 
 
 def read_student(
@@ -86,13 +107,15 @@ def _read(
             clip_numbers(seconds[: horizon * SECONDS], text)
             for seconds, text in zip(videos, table["prompts"], strict=True)
         ]
-        at[horizon] = {name: [clip[name] for clip in clips] for name in NUMBERS}
+        at[horizon] = {name: [clip[name] for clip in clips] for name in (*NUMBERS, *LEFT_OPEN)}
     return videos, at
 
 
 def clip_numbers(seconds: Sequence[Second], text: str) -> dict[str, float]:
     """Return the numbers of one clip that ends where its horizon does."""
-    last = seconds[-SECONDS:]
+    last, wanted = seconds[-SECONDS:], parse_caption(text)
+    compared = [second for second in last if not math.isnan(second.colour_drift)]
+    paced = [second for second in last if not math.isnan(second.pace)]
     return {
         "right": float(clip_ok(seconds, text)),
         "right at the end": float(clip_ok(last, text)),
@@ -104,6 +127,11 @@ def clip_numbers(seconds: Sequence[Second], text: str) -> dict[str, float]:
         "motion": _mean(second.motion for second in last),
         "IoU": _mean(second.iou for second in last),
         "sharpness": _mean(second.sharpness for second in last),
+        "colour drift": _mean(second.colour_drift for second in last),
+        "hue drift": _mean(second.hue_drift for second in last),
+        "other colour": _any(second.colour != seconds[0].colour for second in compared),
+        "pace": _mean(second.pace for second in last),
+        "frozen": _any(speed_along(second.velocity, wanted) < STILL for second in paced),
     }
 
 
@@ -125,7 +153,8 @@ class Spread:
         if math.isnan(self.mean):
             return ""
         spread = "" if self.deviation is None else f" ± {self.deviation:.{digits}f}"
-        return f"{self.mean:.{digits}f}{spread} ({self.error:.{digits}f})"
+        error = "" if math.isnan(self.error) else f" ({self.error:.{digits}f})"
+        return f"{self.mean:.{digits}f}{spread}{error}"
 
 
 def spread_of(name: str, seeds: Sequence[Sequence[float]]) -> Spread:
@@ -135,7 +164,8 @@ def spread_of(name: str, seeds: Sequence[Sequence[float]]) -> Spread:
     clips = [_mean(same) for same in zip(*seeds, strict=True)]
     is_share = name in SHARES and 0 <= mean <= 1
     error = (mean * (1 - mean) / len(clips)) ** 0.5 if is_share else _error(clips)
-    return Spread(mean=mean, error=error, deviation=statistics.stdev(means) if len(means) > 1 else None)
+    told = [mean for mean in means if not math.isnan(mean)]
+    return Spread(mean=mean, error=error, deviation=statistics.stdev(told) if len(told) > 1 else None)
 
 
 def difference(name: str, one: Sequence[Student], other: Sequence[Student], horizon: int) -> Spread | None:
@@ -157,22 +187,33 @@ def difference(name: str, one: Sequence[Student], other: Sequence[Student], hori
     return replace(found, error=_error([_mean(same) for same in zip(*gaps, strict=True)]))
 
 
-def drift_over_time(students: Sequence[Student]) -> dict[str, list[Spread]]:
-    """Return the spread of exposure and tint drift of one method, second by second."""
-    length = min(len(video) for student in students for video in student.seconds)
-    drifts: dict[str, list[Spread]] = {"exposure drift": [], "tint drift": []}
-    for second in range(length):
-        exposure = [[abs(video[second].luma_drift) for video in s.seconds] for s in students]
-        tint = [[video[second].tint_drift for video in s.seconds] for s in students]
-        drifts["exposure drift"].append(spread_of("exposure drift", exposure))
-        drifts["tint drift"].append(spread_of("tint drift", tint))
-    return drifts
+OVER_TIME: dict[str, Callable[[Second], float]] = {
+    "exposure drift": lambda second: abs(second.luma_drift),
+    "tint drift": lambda second: second.tint_drift,
+    "colour drift": lambda second: second.colour_drift,
+    "pace": lambda second: second.pace,
+}
+"""What is drawn over time, of one second."""
+
+
+def over_time(students: Sequence[Student], name: str) -> list[Spread]:
+    """Return the spread of one number of ``OVER_TIME`` of one method, second by second."""
+    length, read = min(len(video) for student in students for video in student.seconds), OVER_TIME[name]
+    return [
+        spread_of(name, [[read(video[second]) for video in student.seconds] for student in students])
+        for second in range(length)
+    ]
 
 
 def _mean(values: Iterable[float]) -> float:
     """Return the mean of what is a number."""
     numbers = [value for value in values if not math.isnan(value)]
     return statistics.fmean(numbers) if numbers else math.nan
+
+
+def _any(values: Iterable[bool]) -> float:
+    """Return 1 if any is true, else 0, and nan where there is none."""
+    return float(max(values, default=math.nan))
 
 
 def _error(clips: Sequence[float]) -> float:

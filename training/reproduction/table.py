@@ -20,23 +20,25 @@ from training.reproduction.stages import Stages
 from training.reproduction.summary import (
     DIGITS,
     EXPLAINED,
-    NUMBERS,
+    LEFT_OPEN,
     Student,
     difference,
+    numbers_of,
     read_student,
     spread_of,
 )
 from training.state import FILE, newest, read_notes
 from training.world import FPS, FRAMES
+from training.worlds import HARD
 
 MAIN = (ODE, PLAIN, LONGER, PLUS, REINFORCED)
 """Methods of the first table, in its order."""
 
-COMPARED = ("right", "exposure drift", "tint drift", "out of range")
-"""Numbers whose differences are told."""
+COMPARED = ("right", "exposure drift", "tint drift", "out of range", *LEFT_OPEN)
+"""Numbers whose differences are told, as far as the world has them."""
 
-ABLATED = ("right", "exposure drift", "tint drift", "out of range", "motion", "sharpness")
-"""Numbers of the table of ablations."""
+ABLATED = ("right", "exposure drift", "tint drift", "out of range", "motion", "sharpness", *LEFT_OPEN)
+"""Numbers of the table of ablations, as far as the world has them."""
 
 RUNS = (
     "An update of distribution matching is one of the critic; those of the student are told beside it. "
@@ -77,7 +79,7 @@ def write(stages: Stages, groups: Groups) -> None:
         parts += ["## 2. What matters?", _ablations(stages, groups, ablations)]
     parts += [
         "## What the columns say",
-        "\n".join(f"- *{name}*: {text}." for name, text in EXPLAINED.items()),
+        "\n".join(f"- *{name}*: {EXPLAINED[name]}." for name in _told(stages)),
     ]
     parts += ["## What was run", RUNS, _runs(stages)]
     (stages.out / "table.md").write_text("\n\n".join(parts) + "\n")
@@ -100,6 +102,11 @@ def _head(stages: Stages, groups: Groups) -> list[str]:
         "*mean ± standard deviation between seeds (standard error over clips)*. The error is that of one "
         "seed's clips: binomial for shares. A row without ± has one seed.",
     ]
+    if settings.world == HARD.name:
+        lines.append(
+            "**The hard world**: captions name shape and direction alone. The object's colour and its speed "
+            "are left to what the student remembers; *right* asks that they stay those of the first second."
+        )
     if left:
         lines.append(f"**Not finished**: {left} of {len(stages.measurings())} students are not measured yet.")
     if settings.smoke:
@@ -112,16 +119,22 @@ def _by_horizon(stages: Stages, groups: Groups, methods: Sequence[str]) -> str:
     rows = []
     for horizon in stages.settings.horizons:
         for method in methods:
-            numbers = [_cell(groups[method], name, horizon) for name in NUMBERS]
+            numbers = [_cell(groups[method], name, horizon) for name in _told(stages)]
             rows.append([f"{horizon}x", method, *numbers])
-    return _markdown(["horizon", "method", *NUMBERS], rows)
+    return _markdown(["horizon", "method", *_told(stages)], rows)
+
+
+def _told(stages: Stages, names: Sequence[str] = ()) -> list[str]:
+    """Return what the world of a reproduction has, of ``names`` or of all numbers."""
+    told = numbers_of(stages.settings.world)
+    return [name for name in names or told if name in told]
 
 
 def _differences(stages: Stages, groups: Groups, methods: Sequence[str]) -> str:
     """Return the table of what Self-Forcing++ has more, or less, than each of the others."""
     rows = []
     for method in methods:
-        for name in COMPARED:
+        for name in _told(stages, COMPARED):
             found = [difference(name, groups[PLUS], groups[method], h) for h in stages.settings.horizons]
             told = ["" if each is None else each.told(3) for each in found]
             rows.append([f"{PLUS} less {method}" if name == COMPARED[0] else "", name, *told])
@@ -137,7 +150,7 @@ def _ablations(stages: Stages, groups: Groups, methods: Sequence[str]) -> str:
         chosen = {base: same} if same else {}
         chosen |= {method: groups[method] for method in methods if groups[method][0].ablates == base}
         for method, group in chosen.items():
-            for name in ABLATED:
+            for name in _told(stages, ABLATED):
                 cells = [_cell(group, name, horizon) for horizon in stages.settings.horizons]
                 rows.append([method if name == ABLATED[0] else "", name, *cells])
     told = ", ".join(map(str, sorted(seeds)))
@@ -202,7 +215,7 @@ def _results(stages: Stages, groups: Groups) -> dict[str, Any]:
                 "horizons": {
                     horizon: {
                         name: asdict(spread_of(name, [student.at[horizon][name] for student in group]))
-                        for name in NUMBERS
+                        for name in _told(stages)
                     }
                     for horizon in horizons
                 },
