@@ -64,6 +64,9 @@ class LongSampler:
     """Maps each clean chunk, given its number in the video, before it is yielded and remembered. Given chunks
     are shown to it too, in order, and stay as they are."""
 
+    recalling: Callable[[int], None] | None = None
+    """Told of each chunk of the past, by its number in the video, before it is remembered again."""
+
     def __post_init__(self) -> None:
         if self.geometry.chunk != self.settings.chunk:
             raise SettingsError(
@@ -159,6 +162,8 @@ class LongSampler:
         """
         cache.reset(skipped=stretch.skipped(cache.shape))
         for number, clean in enumerate(past, start=cache.next):
+            if self.recalling is not None and number >= 0:
+                self.recalling(stretch.chunk(number))
             cache.open(number)
             heard = max(stretch.begin, stretch.offset + number)
             student = self._student(voice.at(heard), stretch)

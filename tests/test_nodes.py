@@ -196,6 +196,11 @@ class Stream:
 VAE = SimpleNamespace(patcher=None)
 
 
+def decoded(source):
+    """Return the frames of a source by chunks, decoded by a stand-in."""
+    return decoding.decoded(decoding.Turns(source, vae=VAE, open_stream=Stream), source.frames)
+
+
 def vae_for(channels, **more):
     """Return what the host's loader makes of a VAE, as far as a choice is concerned."""
     facts = {"latent_channels": channels, "latent_dim": 3, "throw_exception_if_invalid": lambda: None}
@@ -203,29 +208,38 @@ def vae_for(channels, **more):
 
 
 def test_the_surplus_of_the_last_chunk_is_left_out():
-    parts = list(decoding.decoded(Source(), Stream(), VAE))
+    parts = list(decoded(Source()))
     assert [len(part) for part in parts] == [9, 12, 9]
 
 
 def test_the_video_has_the_frames_asked_for(tmp_path):
     images = []
-    frames = decoding.decoded(Source(), Stream(), VAE)
+    frames = decoded(Source())
     decoding.write_video(tmp_path / "a.mp4", frames, Source(), enlarge=2, images=images)
     info = video_info(tmp_path / "a.mp4")
     assert (info.frames, info.width, info.height, info.fps) == (30, 32, 32, 16)
     assert decoding.as_images(images).shape == (30, 16, 16, 3)
-    assert pack.Progress.shown[-1][:3] == (3, 3, "30 frames in 0 s")
+    assert pack.SAID[-1] == "30 frames in 0 s"
 
 
 def test_an_interrupted_video_plays_and_says_where_it_is(tmp_path, caplog):
     def interrupted():
-        for part, frames in enumerate(decoding.decoded(Source(), Stream(), VAE)):
+        for part, frames in enumerate(decoded(Source())):
             if part == 2:
                 raise KeyboardInterrupt
             yield frames
 
     with pytest.raises(KeyboardInterrupt):
-        decoding.write_video(tmp_path / "a.mp4", interrupted(), Source(), enlarge=1, images=None)
+        stopped = pack.module("nodes._host").shown_now
+        decoding.write_video(
+            tmp_path / "a.mp4",
+            interrupted(),
+            Source(),
+            enlarge=1,
+            images=None,
+            stopped=lambda: stopped.append("here"),
+        )
+    assert stopped.pop() == "here"
     assert video_info(tmp_path / "a.mp4").frames == 21
     assert f"1.3 s of 1.9 s are in {tmp_path / 'a.mp4'}" in caplog.text
 
@@ -337,10 +351,11 @@ def test_a_vae_for_another_wan_is_refused_before_anything_is_made(latent, vae, w
 
 def test_a_preview_of_48_channels_is_written_at_24_frames_a_second(tmp_path):
     source = lazy_latent.source_of({"samples": torch.randn(1, 48, 7, 2, 4)})
-    stream = decoding.chosen_stream(None, decoding.PREVIEW, 0, source.space)
-    decoding.write_video(
-        tmp_path / "a.mp4", decoding.decoded(source, stream, None), source, enlarge=1, images=None
+    turns = decoding.Turns(
+        source, open_stream=lambda: decoding.chosen_stream(None, decoding.PREVIEW, 0, source.space)
     )
+    frames = decoding.decoded(turns, source.frames)
+    decoding.write_video(tmp_path / "a.mp4", frames, source, enlarge=1, images=None)
     info = video_info(tmp_path / "a.mp4")
     assert (info.frames, info.width, info.height, info.fps) == (25, 64, 32, 24)
 
