@@ -10,6 +10,7 @@ from PIL import Image
 
 progress = pack.module("nodes.progress")
 animation = pack.module("nodes.animation")
+pace = pack.module("nodes.pace")
 host = pack.module("nodes._host")
 
 
@@ -145,3 +146,35 @@ def test_replayed_chunks_are_told_unless_it_takes_no_time(monkeypatch):
     assert said == ["replaying chunk 12 of 35 of run runs/a", "replaying chunk 35 of 35 of run runs/a"]
     progress.replaying(3, "")(0)
     assert said[-1] == "replaying chunk 1 of 3"
+
+
+def test_the_pace_is_that_of_the_latest_chunks():
+    now = [0.0]
+    watch = pace.Pace(81, kept=20, clock=lambda: now[0])
+    assert watch.text() == "chunk 0 of 81"
+    for _ in range(20):  # chunks that were there already: decoding them again says nothing of the rest
+        now[0] += 0.01
+        text = watch.tick(12)
+    assert text == "chunk 20 of 81"
+    now[0] += 0.5
+    assert watch.tick(12) == "chunk 21 of 81, 24 fps, 30 s left"
+    for _ in range(19):
+        now[0] += 0.5
+        text = watch.tick(12)
+    assert text == "chunk 40 of 81, 24 fps, 20 s left"
+    for _ in range(41):
+        now[0] += 1
+        text = watch.tick(12)
+    assert text == "972 frames in 51 s"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (40, "40 s"), (75, "1 min 15 s"), (3599.7, "1 h 0 min"), (7500, "2 h 5 min")],
+)
+def test_durations_are_said_as_people_do(seconds, text):
+    assert pace.duration(seconds) == text
+
+
+def test_slow_speeds_keep_two_figures():
+    assert [pace.rate(fps) for fps in (0.256, 3.14, 21.4)] == ["0.26", "3.1", "21"]
