@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import torch
 from torch import Tensor
 
 from . import _host
@@ -93,13 +94,13 @@ class Progress:
         start = time.monotonic()
         self._next_preview = start + SECONDS_BETWEEN_PREVIEWS
         if (found := frames()) is not None:
-            seen, fps = small(*found)
-            self._encoding = self._thread.submit(self._encode, seen, fps, start)
+            self._encoding = self._thread.submit(self._encode, *found, start)
 
+    @torch.inference_mode()
     def _encode(self, frames: Tensor, fps: float, start: float) -> float:
         """Encode and show an animation; return when the next one may be begun."""
         assert self._maker is not None
-        picture = animated(frames, fps)
+        picture = animated(*small(frames, fps))
         _host.show_progress(self._maker, self._done, self._total, picture)
         return start + (time.monotonic() - start) / SHARE
 
