@@ -144,3 +144,16 @@ def test_a_run_of_the_demo_says_so_and_any_other_that_it_is_of_wan(output):
     assert job.decoder == pack.module("sfpp_core.demo").file("autoencoder.safetensors")
     with pytest.raises(ValueError, match=r"holds latents of wan2\.1; name their decoder"):
         redecode.plan_redecoding(output / "runs/b", decoder=None, **vars(host_made))
+
+
+def test_the_numbers_in_the_help_pages_are_right():
+    pages = {path.stem: path.read_text() for path in (pack.ROOT / "nodes/web/docs").glob("*.md")}
+    going_on = pack.module("sfpp_core.run.going_on")
+    assert anchor.ANCHOR_CHUNKS == 7
+    assert "those of the first seven chunks, five seconds" in pages["SFPPDriftControls"]
+    assert (going_on.AUTO_WINDOWS, going_on.REPLAYED_WINDOWS) == (8, 2)
+    assert "up to 8 windows (42 s of Wan 2.1)" in pages["SFPPRunSettings"]
+    assert 8 * pack.module("sfpp_core.config").RolloutSettings().window * 4 == 42 * 16
+    assert "the passes of two windows" in pages["SFPPRunSettings"]
+    assert progress.SECONDS_BETWEEN_PREVIEWS == 0.75
+    assert "every three quarters of a second" in pages["SFPPLongSampler"]
