@@ -89,9 +89,10 @@ class Progress:
     def _preview(self, frames: Callable[[], tuple[Tensor, float] | None]) -> None:
         """Have the preview made, if it is wanted and its time has come."""
         self._settle()
-        if not self._previews or self._encoding is not None or time.monotonic() < self._next_preview:
-            return
         start = time.monotonic()
+        due = start >= self._next_preview or self._done == self._total  # the last chunk stays to be seen
+        if not self._previews or self._encoding is not None or not due:
+            return
         self._next_preview = start + SECONDS_BETWEEN_PREVIEWS
         if (found := frames()) is not None:
             self._encoding = self._thread.submit(self._encode, *found, start)

@@ -109,7 +109,8 @@ def test_previews_take_a_small_share_of_the_time(shown, monkeypatch):
             bar.show(1, "", lambda: (frames(1), 16))
             sleep(0.02)
             if len(previews(shown)) == count:
-                return
+                break
+        sleep(0.1)  # until the thread has nothing more to do
 
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(progress, "animated", half_a_second)
@@ -122,7 +123,9 @@ def test_previews_take_a_small_share_of_the_time(shown, monkeypatch):
         assert len(previews(shown)) == 1
         now[0] += 0.02
         until(2)
-    assert len(previews(shown)) == 2
+        bar.show(9, "", lambda: (frames(1), 16))
+        bar.show(10, "", lambda: (frames(1), 16))
+    assert [entry[1] for entry in shown if len(entry) > 3] == [1, 1, 10]
 
 
 def test_none_are_made_where_the_user_wants_none(shown, monkeypatch):
