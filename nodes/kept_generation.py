@@ -62,7 +62,8 @@ class KeptGeneration(Generation):
         """Yield every chunk ``(1, C, T, h, w)`` in the host's latents: the start, finished ones, fresh ones.
 
         Args:
-            beside: Other models that are needed between the chunks, for example that of a decoder.
+            beside: Other models that are needed between the chunks, for example that of a decoder. Looked at
+                before every chunk.
 
         Raises:
             SFPPError: As ``open_run`` and ``go_on``.
