@@ -99,7 +99,7 @@ def test_the_latest_chunk_moves_on_the_sampler_while_it_is_made(host, browser):
     for node, picture in previews:
         assert node == "sampler"
         assert (picture.format, picture.size) == ("WEBP", (320, 320))
-        assert picture.n_frames in (9, 12)
+        assert 1 < picture.n_frames <= 12  # of frames that are equal one is left
     moves = [list(frames_of(picture)) for _, picture in previews]
     assert all(frames[0] != frames[-1] for frames in moves)
     assert (texts[-1][0], texts[-1][1][:13]) == ("video", "320 frames in")
