@@ -2,9 +2,11 @@
 
 from ._host import ComfyExtension, io
 from .decoding import SFPPDecodeToVideo
+from .drift_controls import SFPPDriftControls
 from .loaders import SFPPLoadDemo, SFPPLoadStudent
 from .prompt_schedule import SFPPPromptSchedule
 from .report import SFPPDriftReport
+from .run_settings import SFPPRunSettings
 from .sampling import SFPPCacheSettings, SFPPLongSampler
 
 
@@ -18,6 +20,8 @@ class SFPPExtension(ComfyExtension):
             SFPPLoadDemo,
             SFPPPromptSchedule,
             SFPPCacheSettings,
+            SFPPDriftControls,
+            SFPPRunSettings,
             SFPPLongSampler,
             SFPPDecodeToVideo,
             SFPPDriftReport,

@@ -3,9 +3,9 @@
 Written for 0.8 and later: a name or a keyword that came after 0.8 is asked for before it is used.
 """
 
+import gc
 import logging
-import math
-import time
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,7 +20,7 @@ import comfy.supported_models_base
 import comfy.utils
 import folder_paths
 import torch
-from comfy.cli_args import args
+from comfy.cli_args import LatentPreviewMethod, args
 from comfy.ldm.modules import attention as host_attention
 from comfy_api.latest import ComfyExtension, InputImpl, io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
@@ -31,12 +31,6 @@ from server import PromptServer
 from torch import Tensor
 
 __all__ = ["ComfyExtension", "io"]
-
-PREVIEW_SIDE = 512
-"""Longest side of a preview picture, in pixels."""
-
-SECONDS_BETWEEN_UPDATES = 0.25
-"""A fast run would otherwise keep the server busy with pictures nobody can tell apart."""
 
 _MODEL_FOLDER = "diffusion_models"
 _ATTACHMENT = "sfpp"
@@ -181,6 +175,20 @@ def load(models: Sequence[Any], memory: float) -> None:
     comfy.model_management.load_models_gpu([*models, *nested], memory_required=memory)
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Return whether ``error`` says that the GPU had no memory left, as the host tells such errors."""
+    management = comfy.model_management
+    known = getattr(management, "is_oom", lambda error: isinstance(error, management.OOM_EXCEPTION))
+    return known(error)
+
+
+def make_room() -> None:
+    """Take every model off the GPU, and give back what is not in use."""
+    gc.collect()
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()
+
+
 def from_host_latent(latent: Tensor) -> Tensor:
     """Return a latent ``(B, C, ...)`` of the host's scale normalised, with the constants of its Wan."""
     return _latent_format(latent).process_in(latent)
@@ -235,56 +243,32 @@ def own_patcher(module: torch.nn.Module) -> Any:
 # --- progress -------------------------------------------------------------------------------------------
 
 
-class Progress:
-    """What the user sees while a video is read: bar and text on the node at work, preview on its maker.
+def progress_bar(total: int) -> Any:
+    """Return the progress bar of the node that is being executed, of ``total`` ticks."""
+    return comfy.utils.ProgressBar(total)
 
-    A node that ends with a video of its own must show no preview: frontends would keep that instead.
 
-    Use::
+def show_progress(node: str, done: int, total: int, picture: Image.Image | None = None) -> None:
+    """Set the bar of any node, and the preview on it; the picture is sent as its ``save`` writes it."""
+    preview = None if picture is None else ("JPEG", picture, None)
+    get_progress_state().update_progress(node, done, total, preview)
 
-        with Progress(chunks, sampler) as progress:
-            progress.show(1, "chunk 1 of 80", picture)
+
+def finish_progress(node: str) -> None:
+    """Take the bar of any node away."""
+    get_progress_state().finish_progress(node)
+
+
+def previews_wanted() -> bool:
+    """Return whether previews may be made: not if the user said ``none``, in the settings or at the start.
+
+    Core makes none either where nobody has said anything; that is no answer, and here they are made.
     """
-
-    def __init__(self, total: int, maker: str | None = None) -> None:
-        """Open a progress bar of ``total`` ticks.
-
-        Args:
-            total: Ticks.
-            maker: Id of the node that made what is being read, if it should show bar and preview as well.
-        """
-        self._bar = comfy.utils.ProgressBar(total)
-        self._total = total
-        self._maker = maker
-        self._shown = -math.inf
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._maker is not None:
-            get_progress_state().finish_progress(self._maker)
-
-    def show(self, done: int, text: str, picture: Callable[[], Tensor] | None = None) -> None:
-        """Set the bar, the text and the preview, a few times a second at most.
-
-        Args:
-            done: Ticks done.
-            text: One line.
-            picture: Makes the preview, ``(3, H, W)`` in [0, 1], where there is time to show it.
-
-        Raises:
-            The host's interrupt, if the user pressed Cancel.
-        """
-        stop_if_cancelled()
-        if done < self._total and time.monotonic() - self._shown < SECONDS_BETWEEN_UPDATES:
-            return
-        self._shown = time.monotonic()
-        say(text)
-        self._bar.update_absolute(done, self._total)
-        if self._maker is not None:
-            preview = None if picture is None else ("JPEG", _to_pil(picture()), PREVIEW_SIDE)
-            get_progress_state().update_progress(self._maker, done, self._total, preview)
+    if args.preview_method != LatentPreviewMethod.NoPreviews:
+        return True
+    running = PromptServer.instance.prompt_queue.currently_running.values()
+    in_settings = any(item[3].get("preview_method") == "none" for item in running)
+    return not in_settings and not any(word.startswith("--preview-m") for word in sys.argv[1:])
 
 
 def say(text: str) -> None:
@@ -295,9 +279,14 @@ def say(text: str) -> None:
         server.send_progress_text(text, context.node_id, server.client_id)
 
 
-def _to_pil(picture: Tensor) -> Image.Image:
-    """Return ``(3, H, W)`` in [0, 1] as an image."""
-    return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+def show_now(shown: Any) -> None:
+    """Show what ``player`` or ``picture`` returned on the node at work, which will not come to its end."""
+    context, server = get_executing_context(), PromptServer.instance
+    if context is None or server.client_id is None:
+        return
+    node = get_progress_state().dynprompt.get_display_node_id(context.node_id)
+    told = {"node": context.node_id, "display_node": node, "prompt_id": context.prompt_id}
+    server.send_sync("executed", {**told, "output": shown.as_dict()}, server.client_id)
 
 
 # --- videos ---------------------------------------------------------------------------------------------

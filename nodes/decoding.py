@@ -1,7 +1,7 @@
 """Chunks of latents into a video file that grows while later chunks are generated, as a ComfyUI node."""
 
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,9 @@ from .host_decoder import MADE_FOR, PreviewStream, Stream, stream_of
 from .lazy_latent import ChunkSource, source_of
 from .pace import Pace
 from .plain_errors import plain_errors
+from .progress import Progress
 from .tiles import SMALLEST
+from .turns import Turns
 
 VAE = "vae"
 """Choice of decoder: what is connected."""
@@ -130,23 +132,31 @@ class SFPPDecodeToVideo(io.ComfyNode):
     ) -> io.NodeOutput:
         """Write the video, and return it with its frames if they are few."""
         source = source_of(samples)
-        stream = chosen_stream(vae, decoder, tile, source.space)
         width, height = source.size
         enlarge = enlarge or automatic_enlargement(width, height)
         check_enlargement(enlarge, width=width, height=height)
+        turns = Turns(
+            source,
+            vae=None if decoder == PREVIEW else vae,
+            open_stream=partial(chosen_stream, vae, decoder, tile, source.space),
+        )
         path, subfolder = _host.output_file(filename_prefix, width * enlarge, height * enlarge, ".mp4")
         images = [] if source.frames <= 1 + image_seconds * source.space.fps else None
-        try:
-            with closing(decoded(source, stream, None if decoder == PREVIEW else vae)) as frames:
-                write_video(path, frames, source, enlarge=enlarge, images=images)
-        finally:
-            _host.seal(path, _host.metadata_of(cls))
+        shown, metadata = _host.player(path, subfolder), _host.metadata_of(cls)
+
+        def stopped() -> None:
+            _host.seal(path, metadata)
+            _host.show_now(shown)
+
+        with closing(decoded(turns, source.frames)) as frames:
+            write_video(path, frames, source, enlarge=enlarge, images=images, stopped=stopped)
+        _host.seal(path, metadata)
         pictures = (
             _host.blocked(too_long(source.frames, image_seconds, fps=source.space.fps))
             if images is None
             else as_images(images)
         )
-        return io.NodeOutput(_host.video(path), pictures, ui=_host.player(path, subfolder))
+        return io.NodeOutput(_host.video(path), pictures, ui=shown)
 
 
 def chosen_stream(vae: Any, decoder: str, tile: int, space: LatentSpace = WAN_2_1) -> Stream:
@@ -186,20 +196,35 @@ def as_images(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts).movedim(1, -1).contiguous()
 
 
-def decoded(source: ChunkSource, stream: Stream, vae: Any) -> Generator[Tensor]:
-    """Yield the frames ``(F, 3, H, W)`` of each chunk; those past the end of the video are left out."""
-    left = source.frames
-    with closing(source.chunks(beside=[] if vae is None else [vae.patcher])) as chunks:
+def decoded(turns: Turns, frames: int) -> Generator[Tensor]:
+    """Yield the frames ``(F, 3, H, W)`` of each chunk; what is past ``frames``, the video, is left out."""
+    left = frames
+    with closing(turns.chunks()) as chunks:
         for chunk in chunks:
-            frames = stream.decode(chunk)[:left]
-            left -= len(frames)
-            yield frames
+            pictures = turns.decode(chunk)[:left]
+            left -= len(pictures)
+            yield pictures
 
 
 def write_video(
-    path: Path, video: Iterator[Tensor], source: ChunkSource, *, enlarge: int, images: list[Tensor] | None
+    path: Path,
+    video: Iterator[Tensor],
+    source: ChunkSource,
+    *,
+    enlarge: int,
+    images: list[Tensor] | None,
+    stopped: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write ``video``, the frames of ``source`` by chunks, to ``path``, and collect them in ``images``."""
+    """Write a video.
+
+    Args:
+        path: Where to.
+        video: The frames of ``source`` by chunks, ``(F, 3, H, W)``.
+        source: What they are of.
+        enlarge: Side, in pixels, of the square each pixel becomes.
+        images: Collects the frames, if somebody wants them.
+        stopped: Called if it ends early and something is in the file.
+    """
     (width, height), fps = source.size, source.space.fps
     size = forecast_bytes(path, frames=source.frames, width=width, height=height, enlarge=enlarge)
     check_output(path, expected_bytes=size)
@@ -207,13 +232,13 @@ def write_video(
     _host.say("starting")
     writer = open_writer(path, width=width, height=height, fps=fps, enlarge=enlarge)
     try:
-        with _host.Progress(source.total_chunks, source.maker) as progress, writer:
+        with Progress(source.total_chunks, source.maker) as progress, writer:
             for frames in video:
                 writer.write(frames)
                 if images is not None:
                     images.append(frames)
                 text = pace.tick(len(frames))
-                progress.show(pace.done, text, partial(magnified, frames[-1], enlarge))
+                progress.show(pace.done, text, partial(_seen, frames, fps))
     finally:
         if pace.done < source.total_chunks and writer.frames_written:
             kept = f"{writer.frames_written / fps:.1f} s of {source.frames / fps:.1f} s"
@@ -221,8 +246,9 @@ def write_video(
                 "Stopped early: %s are in %s. Queue again to go on after the last chunk.", kept, path
             )
             _host.say(f"stopped: {kept} are in {path.name}")
+            stopped()
 
 
-def magnified(picture: Tensor, factor: int) -> Tensor:
-    """Return ``(3, H, W)`` enlarged with sharp edges."""
-    return picture.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+def _seen(frames: Tensor, fps: float) -> tuple[Tensor, float] | None:
+    """Return what a preview shows of a chunk, if there is anything."""
+    return (frames, fps) if len(frames) else None

@@ -84,3 +84,6 @@ class DemoStream:
         _host.load([patcher], 0)
         normalised = _host.from_host_latent(chunk).to(patcher.load_device)
         return self._vae.first_stage_model.decode(normalised)[0].float().cpu()
+
+    def park(self) -> None:
+        """Do nothing: what is remembered is small."""

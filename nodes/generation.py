@@ -2,11 +2,14 @@
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..sfpp_core.anchor import anchoring
 from ..sfpp_core.attention import Attend, choose
 from ..sfpp_core.cache_shape import StorageKind
 from ..sfpp_core.config import RolloutSettings, StudentConfig
@@ -14,14 +17,19 @@ from ..sfpp_core.cues import Cue
 from ..sfpp_core.errors import CheckpointError, NumericsError
 from ..sfpp_core.geometry import TEMPORAL_STRIDE, VideoGeometry
 from ..sfpp_core.latent_space import LatentSpace
+from ..sfpp_core.preview_decoder import rough
+from ..sfpp_core.prompts import is_of_the_demo
 from ..sfpp_core.sampler import LongSampler
 from ..sfpp_core.student import CausalStudent
 from . import _host
+from .drift_controls import OFF, DriftChoice
 from .lazy_latent import SPACES
 from .memory import memory_needed
 from .pace import Pace
 from .plain_errors import plain_errors
+from .progress import Progress, replaying
 from .start import Start
+from .turns import Turns
 
 TEXT_TO_VIDEO = {"WAN21": 16, "WAN21_CausalAR": 16, "WAN22": 48}
 """Core's names for the models a student can be, and their latent channels: plain Wan 2.1, to which Wan 2.2 of
@@ -97,6 +105,7 @@ class Generation:
         seed: int,
         start: Start | None = None,
         storage: StorageKind = "plain",
+        drift: DriftChoice = OFF,
         maker: str | None = None,
     ) -> None:
         """Keep everything; nothing is loaded or computed before the first chunk is asked for."""
@@ -107,6 +116,8 @@ class Generation:
         self.start = start
         self.space: LatentSpace = SPACES[config.channels]
         self.storage: StorageKind = storage
+        self.drift = drift
+        self._has_colours = not is_of_the_demo(config)
         self._finished: list[Tensor] = []
         self._recipe: tuple[Any, StudentConfig, Tensor | Sequence[Cue]] | None = (model, config, text)
 
@@ -158,7 +169,8 @@ class Generation:
         """Yield every chunk ``(1, C, T, h, w)`` in the host's latents: the start, finished ones, fresh ones.
 
         Args:
-            beside: Other models that are needed between the chunks, for example that of a decoder.
+            beside: Other models that are needed between the chunks, for example that of a decoder. Looked at
+                before every chunk.
         """
         opening = []
         if self.start is not None:
@@ -187,30 +199,37 @@ class Generation:
         """Return the whole latent ``(1, C, T, h, w)``, generating what is missing with a progress bar."""
         parts, pace = [], Pace(self.total_chunks, kept=self.kept, origin=self.origin)
         latent_frames = frames = 0
-        with _host.Progress(self.total_chunks, self.maker) as progress, closing(self.chunks()) as chunks:
+        reading = Turns(self).chunks()
+        with Progress(self.total_chunks, self.maker) as progress, closing(reading) as chunks:
             for number, chunk in enumerate(chunks, start=1):
                 parts.append(chunk)
                 latent_frames += chunk.shape[2]
                 before, frames = frames, min(self.frames, VideoGeometry.frames_of(latent_frames))
-                progress.show(number, pace.tick(frames - before))
+                progress.show(number, pace.tick(frames - before), partial(self._seen, chunk))
         needed = 1 + -(-(self.frames - 1) // TEMPORAL_STRIDE)
         return torch.cat(parts, dim=2)[:, :, :needed]
+
+    def _seen(self, chunk: Tensor) -> tuple[Tensor, float] | None:
+        """Return rough pictures of a chunk in the host's latents, and how many a second has, if there are."""
+        if not self._has_colours:
+            return None
+        return rough(_host.from_host_latent(chunk), self.space)[0], self.space.fps / TEMPORAL_STRIDE
 
     def _make(self, beside: Sequence[Any], opening: list[Tensor]) -> Generator[Tensor]:
         """Yield the chunks that are missing, normalised, on the CPU, after a start in the host's latents."""
         model, config, text = self._recipe_left()
-        models = [model, *beside]
         needed = memory_needed(model, config, self)
-        _host.load(models, needed.activations + needed.remembered)
+        _host.load([model, *beside], needed.activations + needed.remembered)
         with _host.running(model):
             sampler = self._sampler(model, config)
             if self._finished:
                 _host.say(f"going on after chunk {self.kept} of {self.total_chunks}")
+                sampler = replace(sampler, recalling=replaying(self._given_chunks + len(self._finished), ""))
             start, past = self._given(opening)
             made = sampler.chunks(text, start=start, past=past)
             for _ in range(len(self._finished), self._fresh):
                 # Whoever used the last chunk may have pushed the model out; if not, this costs nothing.
-                _host.load(models, needed.activations)
+                _host.load([model, *beside], needed.activations)
                 yield next(made)[:, :, -self.geometry.chunk :].cpu()
 
     def _recipe_left(self) -> tuple[Any, StudentConfig, Tensor | Sequence[Cue]]:
@@ -227,6 +246,8 @@ class Generation:
             seed=self.seed,
             device=model.load_device,
             storage=self.storage,
+            context_sigma=self.drift.context_sigma,
+            finish=anchoring(self.drift.anchor),
         )
 
     def _given(self, opening: list[Tensor]) -> tuple[Tensor | None, list[Tensor]]:

@@ -36,6 +36,10 @@ class Stream(Protocol):
         """Return the frames ``(F, 3, H, W)`` of the next ``(1, C, T, h, w)``: 1 + 4(T - 1), later 4T."""
         ...
 
+    def park(self) -> None:
+        """Put what is remembered into main memory until the next chunk."""
+        ...
+
 
 def stream_of(vae: Any, *, space: LatentSpace = WAN_2_1, tile: int = 0) -> Stream:
     """Return a fresh stream of ``vae``, the demo's decoder or any of core's for Wan.
@@ -134,6 +138,9 @@ class PreviewStream:
     def decode(self, chunk: Tensor) -> Tensor:
         """Return the frames of the next chunk."""
         return self._decoder.decode(from_host_latent(chunk))[0].cpu()
+
+    def park(self) -> None:
+        """Do nothing: nothing is remembered."""
 
 
 class TinyStream:

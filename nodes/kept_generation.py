@@ -18,7 +18,9 @@ from .generation import Generation, attention
 from .lazy_latent import Finished
 from .memory import memory_needed
 from .model_fingerprint import latents_fingerprint, patches_fingerprint, student_fingerprint
+from .progress import replaying
 from .run_folder import RunFolder
+from .run_settings import EXACT, RunChoice
 from .start import Start
 
 
@@ -30,10 +32,16 @@ class KeptGeneration(Generation):
     in between. The model is not let go, as chunks may be gone by then.
     """
 
-    def __init__(self, model: Any, *more: Any, run: RunFolder, **options: Any) -> None:
-        """Take what ``Generation`` takes, and the run. Nothing is written before the first chunk is read."""
+    def __init__(
+        self, model: Any, *more: Any, run: RunFolder, going_on: RunChoice = EXACT, **options: Any
+    ) -> None:
+        """Take what ``Generation`` takes, the run, and how it is gone on with.
+
+        Nothing is written before the first chunk is read.
+        """
         super().__init__(model, *more, **options)
         self.run = run
+        self.going_on = going_on
 
     @property
     def origin(self) -> str:
@@ -54,7 +62,8 @@ class KeptGeneration(Generation):
         """Yield every chunk ``(1, C, T, h, w)`` in the host's latents: the start, finished ones, fresh ones.
 
         Args:
-            beside: Other models that are needed between the chunks, for example that of a decoder.
+            beside: Other models that are needed between the chunks, for example that of a decoder. Looked at
+                before every chunk.
 
         Raises:
             SFPPError: As ``open_run`` and ``go_on``.
@@ -83,8 +92,11 @@ class KeptGeneration(Generation):
             sampler = replace(self._sampler(model, config), geometry=run.manifest.geometry)
             if run.kept:
                 _host.say(f"going on after chunk {run.kept} of {self.geometry.chunks} of {self.origin}")
+                sampler = replace(sampler, recalling=replaying(run.kept, self.origin))
+            chosen = self.going_on
+            more = go_on(run, sampler, text, start=start, replay=chosen.replay, keep_cache=chosen.keep_cache)
             try:
-                with closing(go_on(run, sampler, text, start=start, replay="all")) as made:
+                with closing(more) as made:
                     while run.kept < self.geometry.chunks:
                         # Whoever used the last chunk may have pushed the model out; if not, this is free.
                         _host.load([model, *beside], needed.activations)
@@ -115,6 +127,7 @@ def decisions_of(model: Any, config: StudentConfig, recipe: Mapping[str, Any]) -
         **({} if start is None else {"start": start_fingerprint(start)}),
         "seed": recipe["seed"],
         "settings": to_table(recipe["settings"]),
+        **recipe["drift"].table(),
         "cache": recipe["storage"],
         "device": torch.device(model.load_device).type,
         "dtype": str(_host.compute_dtype(model)).removeprefix("torch."),

@@ -66,7 +66,8 @@ class ChunkSource(Protocol):
         """Yield every chunk ``(1, C, T, h, w)`` from the first on, generating those that are not there yet.
 
         Args:
-            beside: Other models that are needed between the chunks, for example that of a decoder.
+            beside: Other models that are needed between the chunks, for example that of a decoder. Looked at
+                before every chunk.
         """
         ...
 

@@ -15,6 +15,7 @@ from ..sfpp_core.geometry import FPS
 from . import _host
 from ._host import io
 from .plain_errors import plain_errors
+from .progress import Progress
 
 
 class SFPPDriftReport(io.ComfyNode):
@@ -129,7 +130,7 @@ def _frames(
 def _measured(pieces: Iterator[Tensor], total: int, meter: DriftMeter) -> DriftReport:
     """Return the report of a video, showing how far it is."""
     seconds = []
-    with _host.Progress(max(1, total)) as progress:
+    with Progress(max(1, total)) as progress:
         for frames in pieces:
             seconds += meter.add(frames)
             progress.show(min(meter.frames, max(1, total)), f"measured {meter.frames / meter.fps:.0f} s")

@@ -8,16 +8,20 @@ from ..sfpp_core.cache_shape import StorageKind
 from ..sfpp_core.conditioning import fit_text
 from ..sfpp_core.config import RolloutSettings, StudentConfig
 from ..sfpp_core.geometry import VideoGeometry, frames_in, lead_of
+from ..sfpp_core.latent_space import DEMO
+from ..sfpp_core.prompts import is_of_the_demo
 from ..sfpp_core.timetable import Timetable, timetable
 from . import _host
 from ._host import io
 from .conditioning import spoken_of
+from .drift_controls import OFF, Drift, DriftChoice
 from .generation import Generation, architecture
 from .kept_generation import KeptGeneration, decisions_of
 from .lazy_latent import SPACES, LazyLatent
 from .memory import memory_needed
 from .plain_errors import plain_errors
 from .run_folder import RunFolder, folder_of, spoken_texts
+from .run_settings import EXACT, RunChoice, RunSettings
 from .start import Start, in_words
 from .student_settings import causal, settings_of
 
@@ -40,6 +44,9 @@ RESTARTS = (
 
 NOT_CAUSAL_IN_SHORT = "Warning: not marked as causal; plain Wan makes poor video."
 """What the node says, where there is room for a line or two."""
+
+SETTINGS_WITHOUT_RUN = "Run Settings do nothing without a run: name one."
+"""Warning, on the node and in the log."""
 
 LONGEST_SECONDS = 3600.0
 """Longest video: its latents, 5.8 GB at 832x480, are kept in main memory."""
@@ -199,6 +206,17 @@ class SFPPLongSampler(io.ComfyNode):
                     "video goes on after Cancel, a crash or a restart, and can be made longer. Empty: they "
                     "are kept in memory.",
                 ),
+                Drift.Input(
+                    "drift",
+                    optional=True,
+                    tooltip="From Drift Controls. Left open: nothing is done against drift.",
+                ),
+                RunSettings.Input(
+                    "run_settings",
+                    optional=True,
+                    tooltip="From Run Settings: how a run is gone on with. Left open: its whole past is "
+                    "replayed, which is exact.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(
@@ -224,6 +242,8 @@ class SFPPLongSampler(io.ComfyNode):
         cache: CacheChoice | None = None,
         start: dict[str, Any] | None = None,
         run: str = "",
+        drift: DriftChoice = OFF,
+        run_settings: RunChoice | None = None,
     ) -> io.NodeOutput:
         """Check everything and return a latent that is generated as it is read."""
         student = settings_of(model)
@@ -253,21 +273,26 @@ class SFPPLongSampler(io.ComfyNode):
             "seed": video_seed,
             "start": opening,
             "storage": "plain" if cache is None else cache.storage,
+            "drift": drift,
             "maker": cls.hidden.unique_id,
         }
         if name := run.strip():
             folder = RunFolder(
                 name=name,
                 folder=folder_of(name),
-                space=space,
+                space=DEMO if is_of_the_demo(config) else space,
                 geometry=geometry,
                 decisions=decisions_of(model, config, recipe),
                 texts=spoken_texts(table, embeddings),
             )
-            video = KeptGeneration(model, config, run=folder, **recipe)
+            video = KeptGeneration(model, config, run=folder, going_on=run_settings or EXACT, **recipe)
         else:
             video = Generation(model, config, **recipe)
-        _host.say("\n".join(scene_remarks(table, settings) + remarks(video, model, config)))
+        said = scene_remarks(table, settings) + remarks(video, model, config)
+        if run_settings is not None and not name:
+            logger.warning("%s", SETTINGS_WITHOUT_RUN)
+            said.insert(0, SETTINGS_WITHOUT_RUN)
+        _host.say("\n".join(said))
         return io.NodeOutput(LazyLatent(video), name)
 
 

@@ -55,6 +55,9 @@ class TiledStream:
             whole[(..., *area)] += frames * (row.share[:, None] * column.share)
         return whole
 
+    def park(self) -> None:
+        """Do nothing: what waits is in main memory already."""
+
     def _frames(self, corner: tuple[int, int], part: Tensor) -> Tensor:
         """Decode the next chunk of one square."""
         if corner not in self._streams:

@@ -11,6 +11,19 @@ from .geometry import TEMPORAL_STRIDE
 from .latent_space import InSpace, LatentSpace, constant
 
 
+def rough(latents: Tensor, space: LatentSpace) -> Tensor:
+    """Return latents ``(B, C, T, h, w)`` as pictures ``(B, T, 3, h, w)`` in [0, 1], one pixel per cell.
+
+    Args:
+        latents: Normalised.
+        space: Theirs; its colours are known.
+    """
+    colours = constant(space.colours, latents.device)
+    grey = constant(space.grey, latents.device)
+    pictures = torch.einsum("bcthw,cr->btrhw", latents.float(), colours) + grey[:, None, None]
+    return pictures.add(1).div(2).clamp(0, 1)
+
+
 class PreviewDecoder(InSpace):
     """Colours that are linear in the latents, enlarged to the size and the length of the video.
 
@@ -37,10 +50,8 @@ class PreviewDecoder(InSpace):
             RolloutOrderError: The chunk's size differs from that of the video decoded so far.
         """
         self.space.check(chunk, self._size)
-        colours = constant(self.space.colours, chunk.device)
-        grey = constant(self.space.grey, chunk.device)
-        pictures = torch.einsum("bcthw,cr->btrhw", chunk.float(), colours) + grey[:, None, None]
-        small = pictures.flatten(0, 1).add(1).div(2).clamp(0, 1)
+        pictures = rough(chunk, self.space)
+        small = pictures.flatten(0, 1)
         large = interpolate(small, scale_factor=self.spatial_stride, mode="bilinear", align_corners=False)
         frames = large.unflatten(0, pictures.shape[:2]).repeat_interleave(TEMPORAL_STRIDE, dim=1)
         first = TEMPORAL_STRIDE - 1 if self._size is None else 0

@@ -65,6 +65,9 @@ class LongSampler:
     """Maps each clean chunk, given its number in the video, before it is yielded and remembered. Given chunks
     are shown to it too, in order, and stay as they are."""
 
+    recalling: Callable[[int], None] | None = None
+    """Told of each chunk of the past, by its number in the video, before it is remembered again."""
+
     def __post_init__(self) -> None:
         if self.geometry.chunk != self.settings.chunk:
             raise SettingsError(
@@ -162,6 +165,8 @@ class LongSampler:
         schedule = self._schedule()
         cache.reset(skipped=stretch.skipped(cache.shape))
         for number, clean in enumerate(past, start=cache.next):
+            if self.recalling is not None and number >= 0:
+                self.recalling(stretch.chunk(number))
             cache.open(number)
             heard = max(stretch.begin, stretch.offset + number)
             chunk = number if number < 0 else stretch.chunk(number)

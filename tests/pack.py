@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import ClassVar
 
 import torch
 
@@ -37,21 +36,11 @@ class Kind:
         self.Output = partial(Socket, name)
 
 
-class Progress:
-    """Remembers what would have been shown."""
+SAID = []
+"""What the node at work would have said, oldest first."""
 
-    shown: ClassVar = []
-
-    def __init__(self, total, maker=None):
-        self.total = total
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error): ...
-
-    def show(self, done, text, picture=None):
-        self.shown.append((done, self.total, text, picture() if picture else None))
+SHOWN = []
+"""What any node would have shown: its id, ticks done, of how many, and a preview or ``None``."""
 
 
 def _io():
@@ -74,10 +63,15 @@ def load():
         package = ModuleType(NAME)
         package.__path__ = [str(ROOT)]
         host = ModuleType(f"{NAME}.nodes._host")
-        host.io, host.ComfyExtension, host.Progress = _io(), object, Progress
+        host.io, host.ComfyExtension = _io(), object
+        host.progress_bar = lambda total: SimpleNamespace(update_absolute=lambda done, total: None)
+        host.show_progress = lambda *shown: SHOWN.append(shown if len(shown) > 3 else (*shown, None))
+        host.finish_progress, host.previews_wanted = (lambda node: None), (lambda: True)
+        host.lacks_memory = lambda error: isinstance(error, torch.OutOfMemoryError)
+        host.make_room = lambda: None
         host.schema = SimpleNamespace
         host.model_files = lambda: ["some/file.safetensors"]
-        host.say = host.load = lambda *_: None
+        host.load, host.say = (lambda *_: None), SAID.append
         host.to_host_latent = lambda latent: latent * 2 + 1
         host.from_host_latent = lambda latent: (latent - 1) / 2
         host.stop_if_cancelled = lambda: None
@@ -94,6 +88,8 @@ def load():
         host.attached = lambda model: getattr(model, "settings", None)
         host.blocked = lambda message: ("blocked", message)
         host.video = host.player = lambda *values: values
+        host.shown_now = []
+        host.show_now = host.shown_now.append
         sys.modules |= {NAME: package, host.__name__: host}
         importlib.import_module(f"{NAME}.nodes")
     return sys.modules[f"{NAME}.nodes"]

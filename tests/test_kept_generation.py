@@ -94,7 +94,7 @@ def test_a_cancelled_run_goes_on_from_its_chunks_to_the_same_bits(whole, output,
     again = queued() if restarted else latent
     assert (again.source.kept, again.source.origin) == (stop, "run runs/a")
     assert torch.equal(again["samples"], whole)
-    assert f"{stop} of {CHUNKS} chunks from run runs/a" in pack.Progress.shown[-1][2]
+    assert f"{stop} of {CHUNKS} chunks from run runs/a" in pack.SAID[-1]
 
 
 def test_a_finished_run_is_read_and_the_model_is_not_asked(whole, monkeypatch):

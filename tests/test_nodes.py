@@ -1,4 +1,4 @@
-"""What the nodes do themselves: the lazy latent, progress in words, and the way from chunks to a file."""
+"""What the nodes do themselves: the lazy latent, and the way from chunks to a file."""
 
 import copy
 import pickle
@@ -20,7 +20,6 @@ decoding = pack.module("nodes.decoding")
 sampling = pack.module("nodes.sampling")
 generation = pack.module("nodes.generation")
 conditioning = pack.module("nodes.conditioning")
-pace = pack.module("nodes.pace")
 errors = pack.module("sfpp_core.errors")
 LazyLatent = lazy_latent.LazyLatent
 
@@ -128,38 +127,6 @@ def test_pictures_and_batches_are_refused(shape):
         lazy_latent.source_of({"samples": torch.zeros(shape)})
 
 
-def test_the_pace_is_that_of_the_latest_chunks():
-    now = [0.0]
-    watch = pace.Pace(81, kept=20, clock=lambda: now[0])
-    assert watch.text() == "chunk 0 of 81"
-    for _ in range(20):  # chunks that were there already: decoding them again says nothing of the rest
-        now[0] += 0.01
-        text = watch.tick(12)
-    assert text == "chunk 20 of 81"
-    now[0] += 0.5
-    assert watch.tick(12) == "chunk 21 of 81, 24 fps, 30 s left"
-    for _ in range(19):
-        now[0] += 0.5
-        text = watch.tick(12)
-    assert text == "chunk 40 of 81, 24 fps, 20 s left"
-    for _ in range(41):
-        now[0] += 1
-        text = watch.tick(12)
-    assert text == "972 frames in 51 s"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.4, "0 s"), (40, "40 s"), (75, "1 min 15 s"), (3599.7, "1 h 0 min"), (7500, "2 h 5 min")],
-)
-def test_durations_are_said_as_people_do(seconds, text):
-    assert pace.duration(seconds) == text
-
-
-def test_slow_speeds_keep_two_figures():
-    assert [pace.rate(fps) for fps in (0.256, 3.14, 21.4)] == ["0.26", "3.1", "21"]
-
-
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -196,6 +163,11 @@ class Stream:
 VAE = SimpleNamespace(patcher=None)
 
 
+def decoded(source):
+    """Return the frames of a source by chunks, decoded by a stand-in."""
+    return decoding.decoded(decoding.Turns(source, vae=VAE, open_stream=Stream), source.frames)
+
+
 def vae_for(channels, **more):
     """Return what the host's loader makes of a VAE, as far as a choice is concerned."""
     facts = {"latent_channels": channels, "latent_dim": 3, "throw_exception_if_invalid": lambda: None}
@@ -203,29 +175,38 @@ def vae_for(channels, **more):
 
 
 def test_the_surplus_of_the_last_chunk_is_left_out():
-    parts = list(decoding.decoded(Source(), Stream(), VAE))
+    parts = list(decoded(Source()))
     assert [len(part) for part in parts] == [9, 12, 9]
 
 
 def test_the_video_has_the_frames_asked_for(tmp_path):
     images = []
-    frames = decoding.decoded(Source(), Stream(), VAE)
+    frames = decoded(Source())
     decoding.write_video(tmp_path / "a.mp4", frames, Source(), enlarge=2, images=images)
     info = video_info(tmp_path / "a.mp4")
     assert (info.frames, info.width, info.height, info.fps) == (30, 32, 32, 16)
     assert decoding.as_images(images).shape == (30, 16, 16, 3)
-    assert pack.Progress.shown[-1][:3] == (3, 3, "30 frames in 0 s")
+    assert pack.SAID[-1] == "30 frames in 0 s"
 
 
 def test_an_interrupted_video_plays_and_says_where_it_is(tmp_path, caplog):
     def interrupted():
-        for part, frames in enumerate(decoding.decoded(Source(), Stream(), VAE)):
+        for part, frames in enumerate(decoded(Source())):
             if part == 2:
                 raise KeyboardInterrupt
             yield frames
 
     with pytest.raises(KeyboardInterrupt):
-        decoding.write_video(tmp_path / "a.mp4", interrupted(), Source(), enlarge=1, images=None)
+        stopped = pack.module("nodes._host").shown_now
+        decoding.write_video(
+            tmp_path / "a.mp4",
+            interrupted(),
+            Source(),
+            enlarge=1,
+            images=None,
+            stopped=lambda: stopped.append("here"),
+        )
+    assert stopped.pop() == "here"
     assert video_info(tmp_path / "a.mp4").frames == 21
     assert f"1.3 s of 1.9 s are in {tmp_path / 'a.mp4'}" in caplog.text
 
@@ -337,10 +318,11 @@ def test_a_vae_for_another_wan_is_refused_before_anything_is_made(latent, vae, w
 
 def test_a_preview_of_48_channels_is_written_at_24_frames_a_second(tmp_path):
     source = lazy_latent.source_of({"samples": torch.randn(1, 48, 7, 2, 4)})
-    stream = decoding.chosen_stream(None, decoding.PREVIEW, 0, source.space)
-    decoding.write_video(
-        tmp_path / "a.mp4", decoding.decoded(source, stream, None), source, enlarge=1, images=None
+    turns = decoding.Turns(
+        source, open_stream=lambda: decoding.chosen_stream(None, decoding.PREVIEW, 0, source.space)
     )
+    frames = decoding.decoded(turns, source.frames)
+    decoding.write_video(tmp_path / "a.mp4", frames, source, enlarge=1, images=None)
     info = video_info(tmp_path / "a.mp4")
     assert (info.frames, info.width, info.height, info.fps) == (25, 64, 32, 24)
 

@@ -20,9 +20,23 @@ SURFACE = {
     "SFPPPromptSchedule": (["clip", "text", "switch"], ["CONDITIONING"]),
     "SFPPCacheSettings": (["window", "sink", "sink_positions", "storage"], ["SFPP_CACHE"]),
     "SFPPLongSampler": (
-        ["model", "conditioning", "width", "height", "seconds", "video_seed", "cache", "start", "run"],
+        [
+            "model",
+            "conditioning",
+            "width",
+            "height",
+            "seconds",
+            "video_seed",
+            "cache",
+            "start",
+            "run",
+            "drift",
+            "run_settings",
+        ],
         ["LATENT", "STRING"],
     ),
+    "SFPPDriftControls": (["anchor", "context_sigma"], ["SFPP_DRIFT"]),
+    "SFPPRunSettings": (["replay", "keep_cache"], ["SFPP_RUN_SETTINGS"]),
     "SFPPDecodeToVideo": (
         ["samples", "filename_prefix", "enlarge", "image_seconds", "vae", "decoder", "tile"],
         ["VIDEO", "IMAGE"],
@@ -204,7 +218,8 @@ def test_a_node_is_explained_where_the_user_meets_it(name):
     assert node.description
     assert node.display_name
     assert sum(not socket.fields.get("optional") for socket in node.inputs) <= 6
-    assert len(node.inputs) <= 9
+    assert sum(socket.is_widget for socket in node.inputs) <= 6
+    assert len(node.inputs) <= 11
     assert all(socket.fields.get("tooltip") for socket in node.inputs)
 
 

@@ -86,10 +86,15 @@ class ComfyUI:
         except urllib.error.HTTPError as error:
             raise AssertionError(f"{path} answered {error.code}: {error.read().decode()}") from error
 
-    def queue(self, prompt):
+    @property
+    def url(self):
+        """Where the server is."""
+        return self._url
+
+    def queue(self, prompt, **more):
         """Queue a prompt, ``{id: (class, inputs)}``; return its number."""
         table = {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in prompt.items()}
-        return self.post("/prompt", {"prompt": table})["prompt_id"]
+        return self.post("/prompt", {"prompt": table, **more})["prompt_id"]
 
     def result(self, number):
         """Wait for a prompt; return ``(outputs by node, last message, its details)``."""

@@ -4,6 +4,8 @@ It also lets core load an autoencoder of Wan 2.2 that is small enough for a test
 """
 
 import gc
+import itertools
+import sys
 import weakref
 from pathlib import Path
 
@@ -45,6 +47,44 @@ async def probe(request):
     counted = {name: names.count(name) for name in request.query.getall("kind", [])}
     loaded = len(comfy.model_management.current_loaded_models)
     return web.json_response({"alive": counted, "loaded": loaded, "resident": resident(), **MEASURED})
+
+
+TRAPS = {
+    "model": ("sfpp_core.student", "BoundStudent", "__call__", 4),
+    "decoder": ("sfpp_core.tiny_autoencoder", "TinyAutoencoder", "decode", 1),
+}
+"""Where memory may run out: module of the pack, class, method, and its calls per chunk."""
+
+SPRUNG = {}
+"""Methods in whose place a trap is."""
+
+
+@PromptServer.instance.routes.post("/sfpp_probe/memory")
+async def without_memory(request):
+    """Let memory run out after the work of some calls, counted in chunks from now; of no others."""
+    for place, method in SPRUNG.items():
+        setattr(*place, method)
+    SPRUNG.clear()
+    for trap, chunks in (await request.json()).items():
+        module, name, method, per_chunk = TRAPS[trap]
+        (found,) = (loaded for path, loaded in list(sys.modules.items()) if path.endswith(module))
+        place = (getattr(found, name), method)
+        SPRUNG[place] = getattr(*place)
+        setattr(*place, sprung(SPRUNG[place], [chunk * per_chunk for chunk in chunks]))
+    return web.json_response({})
+
+
+def sprung(method, calls):
+    """Return a method that runs out of memory at the end of some of its calls."""
+    count = itertools.count()
+
+    def trapped(*args, **options):
+        result = method(*args, **options)
+        if next(count) in calls:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return result
+
+    return trapped
 
 
 class Bytes(TorchDispatchMode):
