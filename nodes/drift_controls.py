@@ -70,7 +70,7 @@ class SFPPDriftControls(io.ComfyNode):
                     max=0.99,
                     step=0.01,
                     round=0.001,
-                    tooltip="0 is off, as students are trained. Share of noise under which the past is "
+                    tooltip="0 is as the student was trained, mostly none. Share of noise under which the past is "
                     "remembered, e.g. 0.1: small errors are not passed on, fine detail neither. Costs no "
                     "time.",
                 ),

@@ -246,7 +246,7 @@ class Generation:
             seed=self.seed,
             device=model.load_device,
             storage=self.storage,
-            context_sigma=self.drift.context_sigma,
+            context_sigma=self.drift.context_sigma or None,
             finish=anchoring(self.drift.anchor),
         )
 

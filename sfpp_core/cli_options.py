@@ -137,7 +137,12 @@ def _add_generate_options(command: argparse.ArgumentParser) -> None:
     add("--shift", type=float, metavar="X", help="shift of the noise levels towards 1, e.g. 5")
     said = "pull colour and contrast towards the first seconds, from 0 (off) to 1"
     add("--anchor", type=float, metavar="X", help=said)
-    add("--context-sigma", type=float, metavar="X", help="noise on the past as remembered, e.g. 0.1")
+    add(
+        "--context-sigma",
+        type=float,
+        metavar="X",
+        help="noise on the past as remembered, e.g. 0.1; 0: the student's",
+    )
     _add_models(command)
     _add_run(command)
     add = _add_machine(command)
