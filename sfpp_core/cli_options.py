@@ -137,12 +137,8 @@ def _add_generate_options(command: argparse.ArgumentParser) -> None:
     add("--shift", type=float, metavar="X", help="shift of the noise levels towards 1, e.g. 5")
     said = "pull colour and contrast towards the first seconds, from 0 (off) to 1"
     add("--anchor", type=float, metavar="X", help=said)
-    add(
-        "--context-sigma",
-        type=float,
-        metavar="X",
-        help="noise on the past as remembered, e.g. 0.1; 0: the student's",
-    )
+    said = "noise on the past as remembered, e.g. 0.1; 0 is what the student was trained with"
+    add("--context-sigma", type=float, metavar="X", help=said)
     _add_models(command)
     _add_run(command)
     add = _add_machine(command)
