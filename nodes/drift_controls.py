@@ -71,8 +71,8 @@ class SFPPDriftControls(io.ComfyNode):
                     step=0.01,
                     round=0.001,
                     tooltip="0 is as the student was trained, mostly none. Share of noise under which the "
-                    "past is remembered, e.g. 0.1: small errors are not passed on, fine detail neither. Costs "
-                    "no time.",
+                    "past is remembered, e.g. 0.1: small errors are not passed on, fine detail neither. It "
+                    "costs no time.",
                 ),
             ],
             outputs=[Drift.Output(display_name="DRIFT", tooltip="For the Long Sampler.")],
