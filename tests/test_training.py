@@ -48,8 +48,15 @@ KINDS = {
     "wan_1_3b_lora_24gb": DmdSettings,
     "wan_grpo": GrpoSettings,
     "wan_export": ExportSettings,
+    "hard_causal": CausalSettings,
+    "hard_ode_pairs": PairSettings,
+    "hard_ode": OdeSettings,
+    "hard_self_forcing": DmdSettings,
+    "hard_self_forcing_plus": DmdSettings,
+    "hard_evaluate": EvaluateSettings,
     "reproduce_cpu": ReproduceSettings,
     "reproduce_gpu": ReproduceSettings,
+    "reproduce_hard": ReproduceSettings,
 }
 
 
