@@ -1,11 +1,13 @@
 """From a training run to files that load: one student with its settings, its LoRA, or the demo and its words.
 
+How a student is rolled out (steps, window, sink) is told as it was trained.
+
 Run ``python -m training.export training/configs/demo_export.toml [key=value ...]``.
 """
 
 import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,7 +20,7 @@ from training.adapters import LoraSettings, export_adapters
 from training.config import ConfigError, load
 from training.digests import digest
 from training.models import network_of
-from training.state import FILE, read_averaged, read_notes
+from training.state import FILE, read_averaged, read_notes, read_rollout
 from training.teacher import load_demo_model
 from training.texts import DTYPES
 from training.world import WORD_GROUPS
@@ -39,9 +41,6 @@ class ExportSettings:
 
     out: str = "sfpp_core/demo"
     """Folder of the demo's two files; for Wan the one file, ``.safetensors``."""
-
-    rollout: RolloutSettings = field(default_factory=RolloutSettings)
-    """How the student was trained to be rolled out."""
 
     dtype: str = "bfloat16"
     """Of the file of a Wan, ``bfloat16`` or ``float32``; the demo's is float16."""
@@ -66,7 +65,7 @@ def main(settings: ExportSettings) -> None:
     else:
         network, config = network_of(weights)
         notes = {"log": digest(Path(settings.run) / "log.jsonl")}
-        dtype, rollout = DTYPES[settings.dtype], settings.rollout
+        dtype, rollout = DTYPES[settings.dtype], rollout_of(Path(settings.run))
         save(out, network, config, rollout, stage=settings.stage, dtype=dtype, notes=notes)
     logging.info("wrote %s", out)
 
@@ -87,10 +86,25 @@ def lora_of(run: Path) -> LoraSettings:
     )
 
 
+def rollout_of(run: Path) -> RolloutSettings:
+    """Return how the student of a run was trained to be rolled out, which its file says to whoever loads it.
+
+    Raises:
+        ConfigError: Its saved state says nothing of it.
+    """
+    rollout = read_rollout(run / FILE)
+    if rollout is None:
+        raise ConfigError(
+            f"{run} says nothing of how it was rolled out; is it a run of a student? Name one of "
+            "train_ode, train_dmd or train_grpo."
+        )
+    return rollout
+
+
 def export_demo(settings: ExportSettings) -> None:
     """Write the demo's student in float16 and its words."""
     run, out = Path(settings.run), Path(settings.out)
-    model = load_demo_model(run / FILE)
+    model, rollout = load_demo_model(run / FILE), rollout_of(run)
     world = world_called(world_of(str(run / FILE)) or STANDARD.name)
     notes = {
         "world": world.version,
@@ -102,7 +116,7 @@ def export_demo(settings: ExportSettings) -> None:
         out / STUDENT,
         model.network.state_dict(),
         model.config,
-        settings.rollout,
+        rollout,
         stage=settings.stage,
         dtype=torch.float16,
         notes=notes,

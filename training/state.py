@@ -8,6 +8,7 @@ What belongs to one rank alone, such as a video it is in the middle of, is a fil
 and is shared out anew between the ranks that go on.
 """
 
+import ast
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from sfpp_core.config import RolloutSettings, from_table
 from training import parallel
 from training.averaging import plain
 from training.config import ConfigError
@@ -35,6 +37,7 @@ FILE = "last.pt"
 _NOTES = "notes.json"
 _OWN = "own"
 _PARTIAL = ".partial"
+_ROLLOUT = "rollout."
 
 
 def newest(path: Path) -> Path | None:
@@ -212,6 +215,31 @@ def read_notes(path: Path) -> dict[str, Any]:
     if found.is_dir():
         return json.loads((found / _NOTES).read_text())
     return _notes_in(found, stamp(found))
+
+
+def read_rollout(path: Path) -> RolloutSettings | None:
+    """Return how the student of a run was rolled out in training, given its ``last.pt``.
+
+    ``None`` where its recipe says nothing of it.
+
+    Raises:
+        ConfigError: There is no such run.
+        SettingsError: It has a setting that this version does not know.
+    """
+    recipe: dict[str, str] = read_notes(path).get("recipe", {})
+    texts = {name: text for name, text in recipe.items() if name.startswith(_ROLLOUT)}
+    if not texts:
+        return None
+    values = {name.removeprefix(_ROLLOUT): _value(text) for name, text in texts.items()}
+    return from_table(RolloutSettings, values, where=str(path))
+
+
+def _value(text: str) -> Any:
+    """Return the number, or the tuple of them, that a recipe holds as text; other text as it is."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
 
 
 @lru_cache

@@ -1,0 +1,50 @@
+"""What an exported student says of how it is rolled out."""
+
+from dataclasses import asdict
+
+import pytest
+from tiny_runs import write_run
+
+from sfpp_core import demo
+from sfpp_core.checkpoint import load_student
+from sfpp_core.config import RolloutSettings
+from training.config import ConfigError, flatten
+from training.export import ExportSettings, main
+from training.state import read_rollout
+
+SINK = RolloutSettings(sink=3, sink_positions="relative", window=12)
+
+
+def exported(folder, **notes):
+    write_run(folder / "run" / "last.pt", **notes)
+    (folder / "run" / "log.jsonl").touch()
+    main(ExportSettings(run=str(folder / "run"), stage="test", out=str(folder / "out")))
+    return folder / "out" / demo.STUDENT
+
+
+@pytest.mark.parametrize(
+    "rollout",
+    [
+        SINK,
+        RolloutSettings(steps=2, sigmas=(1.0, 0.5), context_sigma=0.1),
+        RolloutSettings(steps=1, sigmas=(1.0,), overlap=9),
+    ],
+)
+def test_a_student_is_exported_with_the_rollout_it_was_trained_with(tmp_path, rollout):
+    path = exported(tmp_path, recipe=flatten({"rollout": asdict(rollout), "batch": 2}))
+    _, _, settings = load_student(path)
+    assert settings == rollout != RolloutSettings()
+
+
+def test_a_run_from_before_a_setting_existed_is_exported_with_its_default(tmp_path):
+    recipe = flatten({"rollout": asdict(SINK)})
+    for name in ("sigmas", "overlap", "context_sigma"):
+        recipe.pop(f"rollout.{name}")
+    assert load_student(exported(tmp_path, recipe=recipe))[2] == SINK
+
+
+def test_a_run_that_rolled_nothing_out_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="says nothing of how it was rolled out; is it a run of a student"):
+        exported(tmp_path, recipe={"batch": "2"})
+    assert read_rollout(tmp_path / "run" / "last.pt") is None
+    assert not (tmp_path / "out").exists()
