@@ -16,6 +16,7 @@ import pytest
 import torch
 from tiny_runs import write_clips, write_run
 
+from sfpp_core.config import RolloutSettings
 from sfpp_core.tiny_autoencoder import AutoencoderConfig, TinyAutoencoder
 from training import reproduce, train_dmd
 from training.config import ConfigError, flatten, load
@@ -150,6 +151,23 @@ def test_a_student_is_measured_with_the_window_it_was_trained_with(given, tmp_pa
     read = stages.read(stages.by_name["evaluate-self_forcing-short-0"])
     assert read.rollout.window == 9
     assert stages.read(stages.by_name["evaluate-self_forcing-0"]).rollout.window == 21
+
+
+def test_a_reinforced_student_is_rolled_out_as_it_was_before(given, tmp_path):
+    stages = Stages(settings_of(given, tmp_path, "grpo=true", "ablations={}"))
+    before = stages.read(stages.by_name["self_forcing_plus-0"]).rollout
+    assert (before.sink, before.sink_positions) == (3, "relative")
+    for name in ("grpo-0", "evaluate-grpo-0"):
+        assert stages.read(stages.by_name[name]).rollout == before
+
+
+def test_a_run_that_is_given_is_measured_as_it_says_it_was_trained(given, tmp_path):
+    rollout = RolloutSettings(window=12, sink=3, context_sigma=0.1)
+    run = write_run(tmp_path / "mine" / "last.pt", recipe=flatten({"rollout": asdict(rollout)}))
+    names = [f"students.mine={run}", f"given.self_forcing-0={run}", f"students.old={given / 'last.pt'}"]
+    stages = Stages(settings_of(given, tmp_path, *names, "ablations={}"))
+    for name, wanted in {"mine": rollout, "self_forcing-0": rollout, "old": RolloutSettings()}.items():
+        assert stages.read(stages.by_name[f"evaluate-{name}"]).rollout == wanted
 
 
 ALL = [

@@ -92,7 +92,8 @@ class ReproduceSettings:
     the autoencoder, the folder of the pairs; and the file of ``latents``."""
 
     students: Mapping[str, str] = field(default_factory=dict)
-    """Other students to measure beside, by a name of one's own: ``last.pt`` of their runs."""
+    """Other students to measure beside, by a name of one's own: ``last.pt`` of their runs. Each is rolled out
+    as it was trained."""
 
     ablations: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
     """By what is changed (``self_forcing`` or ``self_forcing_plus``) and a name of one's own: overrides."""

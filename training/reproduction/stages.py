@@ -7,13 +7,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from sfpp_core.config import RolloutSettings
 from training import evaluate
 from training.config import ConfigError, flatten, load
 from training.journal import read_pace
 from training.reproduction.layout import MODULES, Stage, lay_out
 from training.reproduction.settings import MATCHED, ReproduceSettings
-from training.state import FILE, newest, read_notes
+from training.state import FILE, newest, read_notes, read_rollout
 from training.worlds import STANDARD, check_runs
 
 SMOKE = {
@@ -79,7 +78,9 @@ class Stages:
         else:
             words += [f"loop.threads={settings.threads}", *settings.overrides.get("training", ())]
         if kind == "evaluate":
-            words += self._exam(stage)
+            words += [*self._exam(), *self._rollout(stage.inputs["student"])]
+        if kind == "grpo":
+            words += self._rollout(stage.inputs["student_run"])
         if kind != "autoencoder":
             words.append(f"world={settings.world}")
         words += [*settings.overrides.get(kind, ()), *stage.overrides]
@@ -89,20 +90,29 @@ class Stages:
         words.append(f"{'out' if kind in ('pairs', 'evaluate') else 'loop.out'}={self.folder(stage.name)}")
         return words
 
-    def _exam(self, stage: Stage) -> list[str]:
-        """Return what a student is measured on: rolled out as it was trained."""
-        settings, student = self.settings, self.by_name[stage.inputs["student"]]
-        words = [
+    def _exam(self) -> list[str]:
+        """Return what every student is measured on."""
+        settings = self.settings
+        return [
             "teacher=",
             f"prompts={settings.captions}",
             f"horizons={list(settings.horizons)}",
             f"batch={settings.batch}",
             f"dtype={settings.dtype}",
         ]
-        if student.name not in settings.students:
-            rollout: RolloutSettings = self.read(replace(student, clock=None)).rollout
-            words += [f"rollout.{name}={_toml(value)}" for name, value in asdict(rollout).items()]
-        return words
+
+    def _rollout(self, name: str) -> list[str]:
+        """Return what makes another stage roll a student out as it was trained.
+
+        A run that is given says itself how; an old one that does not is rolled out as its stage would be, or
+        as the settings of the other stage have it where it is of no stage.
+        """
+        student = self.by_name[name]
+        rollout = read_rollout(self.result(name)) if self.is_given(student) else None
+        if rollout is None and name not in self.settings.students:
+            rollout = self.read(replace(student, clock=None)).rollout
+        table = {} if rollout is None else asdict(rollout)
+        return [f"rollout.{setting}={_toml(value)}" for setting, value in table.items()]
 
     def read(self, stage: Stage) -> Any:
         """Return the settings of a stage, of the kind its module has.
