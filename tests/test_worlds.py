@@ -296,6 +296,16 @@ def test_both_worlds_are_compared_with_the_same_settings(name):
     assert standard == hard
 
 
+def test_students_are_measured_as_they_were_trained():
+    def read(kind, name):
+        return load(kind, [str(CONFIGS / f"{name}.toml")], stage="test")
+
+    hard, shown = read(EvaluateSettings, "hard_evaluate"), read(EvaluateSettings, "demo_evaluate")
+    trained = read(DmdSettings, "hard_self_forcing_plus")
+    assert (hard.student, hard.rollout) == (f"{trained.loop.out}/last.pt", trained.rollout)
+    assert (shown.student, shown.rollout) == ("", demo.load().settings)
+
+
 def test_a_reproduction_of_an_unknown_world_is_refused():
     with pytest.raises(ConfigError, match="world is 'soft'"):
         load(ReproduceSettings, [str(CONFIGS / "reproduce_hard.toml"), "world=soft"], stage="test")
