@@ -1,6 +1,6 @@
-"""What an exported student says of how it is rolled out."""
+"""How a student was trained to be rolled out: its exported file says so, and so does who measures it."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from tiny_runs import write_run
@@ -9,6 +9,7 @@ from sfpp_core import demo
 from sfpp_core.checkpoint import load_student
 from sfpp_core.config import RolloutSettings
 from training.config import ConfigError, flatten
+from training.evaluate import EvaluateSettings, tell_other_rollout
 from training.export import ExportSettings, main
 from training.state import read_rollout
 
@@ -41,6 +42,18 @@ def test_a_run_from_before_a_setting_existed_is_exported_with_its_default(tmp_pa
     for name in ("sigmas", "overlap", "context_sigma"):
         recipe.pop(f"rollout.{name}")
     assert load_student(exported(tmp_path, recipe=recipe))[2] == SINK
+
+
+def test_measuring_a_student_otherwise_than_it_was_trained_is_told(tmp_path, caplog):
+    run = write_run(tmp_path / "last.pt", recipe=flatten({"rollout": asdict(SINK)}))
+    settings = EvaluateSettings(out=str(tmp_path), student=str(run), rollout=SINK)
+    tell_other_rollout(settings)
+    tell_other_rollout(EvaluateSettings(out=str(tmp_path), rollout=demo.load().settings))
+    assert not caplog.messages
+    tell_other_rollout(replace(settings, rollout=replace(SINK, sink=0)))
+    assert caplog.messages == [
+        f"{run} was trained with rollout.sink = 3, not 0; it is measured with the settings given."
+    ]
 
 
 def test_a_run_that_rolled_nothing_out_is_refused(tmp_path):

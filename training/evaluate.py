@@ -24,6 +24,7 @@ from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training.config import ConfigError, load
 from training.measuring import COLUMNS, Measured, Roller, Shelf, fingerprint, write_json
 from training.sheets import sheet
+from training.state import read_rollout
 from training.teacher import LATENT_CLIP, DemoModel, load_demo_model, trajectory
 from training.world import FPS, FRAMES, Scene, render, sample_scene
 from training.world_metrics import Second, clip_ok, measure, steady
@@ -199,11 +200,26 @@ def header(horizons: Sequence[int]) -> str:
     return "| " + " | ".join(cells) + " |\n" + "|---" * len(cells) + "|"
 
 
+def tell_other_rollout(settings: EvaluateSettings) -> None:
+    """Warn that a student is rolled out otherwise than it was trained; it is measured all the same."""
+    trained = read_rollout(Path(settings.student)) if settings.student else demo.load().settings
+    if trained is None or trained == settings.rollout:
+        return
+    was, wanted = asdict(trained), asdict(settings.rollout)
+    others = [f"{name} = {was[name]}, not {wanted[name]}" for name in was if was[name] != wanted[name]]
+    logging.warning(
+        "%s was trained with rollout.%s; it is measured with the settings given.",
+        settings.student or "the embedded demo",
+        ", rollout.".join(others),
+    )
+
+
 def main(settings: EvaluateSettings) -> None:
     """Measure truth, teacher and student, and write the table."""
     torch.set_num_threads(settings.threads)
     runs = {"student": settings.student} | ({"teacher": settings.teacher} if settings.teacher else {})
     check_runs(settings.world, runs)
+    tell_other_rollout(settings)
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     scenes = scenes_of(settings)
