@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -354,6 +355,8 @@ def test_spread_is_between_seeds_and_over_clips():
     assert (spread.mean, spread.error) == (0.5, 0.25)  # binomial, of four clips
     assert spread.deviation == pytest.approx(0.5 / 2**0.5)
     assert spread.told(2) == "0.50 ± 0.35 (0.25)"
+    some = spread_of("frozen", [[1.0, math.nan, 0.0, math.nan, 1.0, 0.0]])
+    assert (some.mean, some.error) == (0.5, 0.25)  # of the four that show an object
     one = spread_of("exposure drift", [[1.0, 3.0]])
     assert (one.mean, one.error, one.deviation, one.told(1)) == (2.0, 1.0, None, "2.0 (1.0)")
 

@@ -161,7 +161,7 @@ def spread_of(name: str, seeds: Sequence[Sequence[float]]) -> Spread:
     """Return the spread of one number, given that of each clip for each seed."""
     means = [_mean(clips) for clips in seeds]
     mean = _mean(means)
-    clips = [_mean(same) for same in zip(*seeds, strict=True)]
+    clips = [clip for same in zip(*seeds, strict=True) if not math.isnan(clip := _mean(same))]
     is_share = name in SHARES and 0 <= mean <= 1
     error = (mean * (1 - mean) / len(clips)) ** 0.5 if is_share else _error(clips)
     told = [mean for mean in means if not math.isnan(mean)]
