@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import math
 import os
 import signal
 import subprocess
@@ -12,7 +11,6 @@ import tomllib
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from tiny_runs import write_clips, write_run
@@ -21,14 +19,13 @@ from sfpp_core.config import RolloutSettings
 from sfpp_core.tiny_autoencoder import AutoencoderConfig, TinyAutoencoder
 from training import reproduce, train_dmd
 from training.config import ConfigError, flatten, load
+from training.loop import kept
 from training.reproduction import runner
 from training.reproduction.layout import LONGER, ODE, PLAIN, PLUS, Stage
 from training.reproduction.settings import ReproduceSettings
 from training.reproduction.stages import MODULES, Stages
-from training.reproduction.summary import LEFT_OPEN, NUMBERS, Student, clip_numbers, difference, spread_of
+from training.reproduction.summary import LEFT_OPEN, NUMBERS
 from training.state import read_notes
-from training.world import caption, render, sample_scene
-from training.world_metrics import measure
 
 CONFIGS = Path(__file__).parent.parent / "training" / "configs"
 
@@ -207,6 +204,8 @@ def test_a_run_on_true_clips_waits_for_the_teachers_stage_unless_they_are_given(
     stages = Stages(settings_of(given, tmp_path, true, f"given.latents={path}"))
     assert "teacher" not in [stage.name for stage in stages.wanted()]
     assert stages.read(stages.by_name["self_forcing-true-0"]).latents == str(path)
+    with pytest.raises(ConfigError, match=r"stage self_forcing-true-0 goes on from .* nothing makes it"):
+        Stages(settings_of(given, tmp_path, true, f"given.teacher={given / 'last.pt'}"))
 
 
 @pytest.mark.parametrize(("name", "words"), [("noisy", "rollout.context_sigma=0.1"), ("true", "past=data")])
@@ -260,13 +259,29 @@ def test_the_saved_state_says_whether_a_run_is_complete(given, tmp_path, done, h
     stages = Stages(settings_of(given, tmp_path))
     stage = stages.by_name["self_forcing-0"]
     (tmp_path / stage.name).mkdir()
-    state = {"done": done, "seconds": 1.0, "recipe": {"horizon": horizon}}
+    recipe = kept(flatten(asdict(stages.read(stage)))) | {"horizon": horizon}
+    state = {"done": done, "seconds": 1.0, "recipe": recipe}
     torch.save(state, tmp_path / stage.name / "last.pt")
     if isinstance(complete, bool):
         assert stages.is_complete(stage) == complete
     else:
         with pytest.raises(ConfigError, match=complete):
             stages.is_complete(stage)
+
+
+def test_a_run_from_before_a_setting_existed_was_made_with_its_default(given, tmp_path):
+    stages = Stages(settings_of(given, tmp_path))
+    stage = stages.by_name["self_forcing-0"]
+    recipe = kept(flatten(asdict(stages.read(stage))))
+    for unknown in ("world", "rollout.context_sigma"):
+        recipe.pop(unknown)
+    state = {"done": 3, "seconds": 1.0, "recipe": recipe}
+    write_run(tmp_path / stage.name / "last.pt", **state)
+    assert stages.is_complete(stage)
+    assert recipe.pop("overall") == "4.0"
+    write_run(tmp_path / stage.name / "last.pt", **state)
+    with pytest.raises(ConfigError, match=r"holds a run with overall = 0.0, and it is 4.0 now"):
+        stages.is_complete(stage)
 
 
 STUBBORN = """
@@ -344,40 +359,3 @@ def test_stages_begin_when_what_they_need_is_done(given, tmp_path):
     runner.run(stages, [second, first], lambda: order.append("told"), launch=launch)
     assert order == ["self_forcing-0", "evaluate-self_forcing-0", "told"]
     assert other.needs == ()
-
-
-def student(method, seed, values):
-    return Student(method=method, seed=seed, ablates="", seconds=[], at={1: dict.fromkeys(NUMBERS, values)})
-
-
-def test_spread_is_between_seeds_and_over_clips():
-    spread = spread_of("right", [[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
-    assert (spread.mean, spread.error) == (0.5, 0.25)  # binomial, of four clips
-    assert spread.deviation == pytest.approx(0.5 / 2**0.5)
-    assert spread.told(2) == "0.50 ± 0.35 (0.25)"
-    some = spread_of("frozen", [[1.0, math.nan, 0.0, math.nan, 1.0, 0.0]])
-    assert (some.mean, some.error) == (0.5, 0.25)  # of the four that show an object
-    one = spread_of("exposure drift", [[1.0, 3.0]])
-    assert (one.mean, one.error, one.deviation, one.told(1)) == (2.0, 1.0, None, "2.0 (1.0)")
-
-
-def test_differences_are_of_the_same_clip_and_seed():
-    plus = [student(PLUS, 0, [1.0, 2.0]), student(PLUS, 1, [3.0, 4.0])]
-    plain = [student(PLAIN, 1, [2.0, 2.0])]
-    apart = difference("exposure drift", plus, plain, 1)
-    assert (apart.mean, apart.error, apart.deviation) == (1.5, 0.5, None)
-    shared = difference("exposure drift", plus, [student(ODE, None, [1.0, 1.0])], 1)
-    assert (shared.mean, shared.deviation) == (1.5, pytest.approx(2**0.5))
-    assert difference("right", plus, [student(PLAIN, 5, [0.0, 0.0])], 1) is None
-
-
-def test_the_truth_is_right_and_does_not_drift():
-    scene = sample_scene(3)
-    text = caption(scene, np.random.default_rng(1))
-    seconds = measure(render([scene], 160)[0], text)
-    numbers = clip_numbers(seconds, text)
-    assert (numbers["right"], numbers["right at the end"], numbers["out of range"]) == (1.0, 1.0, 0.0)
-    assert numbers["exposure drift"] < 0.02 and numbers["IoU"] > 0.9
-    darker = clip_numbers([*seconds[:-1], replace(seconds[-1], luma_drift=-0.5, overshoot=0.3)], text)
-    assert (darker["right"], darker["out of range"]) == (0.0, 1.0)
-    assert darker["exposure drift"] - numbers["exposure drift"] == pytest.approx(0.1, abs=0.01)

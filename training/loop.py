@@ -209,9 +209,9 @@ class _Run:
         self._settings, self._parts, self._sample = settings, parts, sample
         self._out = Path(settings.out)
         self._out.mkdir(parents=True, exist_ok=True)
-        self._recipe = _kept(flatten(asdict(recipe)))
+        self._recipe = kept(flatten(asdict(recipe)))
         self._saver = Saver(self._out, parts)
-        self._start, seconds = self._saver.resume(self._recipe, _kept(defaults(type(recipe))))
+        self._start, seconds = self._saver.resume(self._recipe, kept(defaults(type(recipe))))
         self._began = time.monotonic() - seconds
         self._saved = time.monotonic()
 
@@ -314,8 +314,8 @@ _MAY_CHANGE = {
 """Settings that may differ when a run is continued."""
 
 
-def _kept(table: Mapping[str, str]) -> dict[str, str]:
-    """Return the settings that may not."""
+def kept(table: Mapping[str, str]) -> dict[str, str]:
+    """Return the settings of ``table`` that may not differ when a run is continued."""
     return {name: text for name, text in table.items() if name not in _MAY_CHANGE}
 
 

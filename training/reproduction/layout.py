@@ -98,7 +98,7 @@ def lay_out(settings: ReproduceSettings) -> Iterator[Stage]:
 
 def _start(settings: ReproduceSettings) -> Iterator[Stage]:
     """Yield what all seeds share: autoencoder, teachers, trajectories, causal initialisation."""
-    latents = _latents(settings)
+    latents = f"latents={latents_of(settings)}"
     decoder = {"autoencoder": "autoencoder"}
     yield Stage(name="autoencoder", kind="autoencoder")
     yield Stage(name="teacher", kind="teacher", inputs=decoder, overrides=(latents,))
@@ -150,9 +150,9 @@ def _matching(kind: str, seed: int, *, name: str = "", overrides: tuple[str, ...
     )
 
 
-def _latents(settings: ReproduceSettings) -> str:
-    """Return the override that names the file of clips the teachers learn from."""
-    return f"latents={settings.given.get('latents', f'{settings.out}/latents.safetensors')}"
+def latents_of(settings: ReproduceSettings) -> str:
+    """Return the file of clips the teachers learn from."""
+    return settings.given.get("latents", f"{settings.out}/latents.safetensors")
 
 
 def _reads_clips(words: Sequence[str]) -> bool:
@@ -166,7 +166,7 @@ def _reads_clips(words: Sequence[str]) -> bool:
 def _on_clips(stage: Stage, settings: ReproduceSettings) -> Stage:
     """Return ``stage`` as one that reads the clips, which the teacher's stage makes if they are not given."""
     after = () if "latents" in settings.given else ("teacher",)
-    return replace(stage, overrides=(*stage.overrides, _latents(settings)), after=after)
+    return replace(stage, overrides=(*stage.overrides, f"latents={latents_of(settings)}"), after=after)
 
 
 def _measuring(student: Stage) -> Stage:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from training import evaluate
-from training.config import ConfigError, flatten, load
+from training.config import ConfigError, defaults, flatten, load
 from training.journal import read_pace
-from training.reproduction.layout import MODULES, Stage, lay_out
+from training.loop import kept
+from training.reproduction.layout import MODULES, Stage, latents_of, lay_out
 from training.reproduction.settings import MATCHED, ReproduceSettings
 from training.state import FILE, newest, read_notes, read_rollout
-from training.worlds import STANDARD, check_runs
+from training.worlds import check_runs
 
 SMOKE = {
     "pairs": ("pairs=4", "batch=2", "steps=4"),
@@ -141,8 +142,8 @@ class Stages:
             return False
         settings = self.read(stage)
         if stage.kind == "evaluate":
-            kept = json.loads(self.result(stage.name).read_text())
-            return kept["recipe"] == evaluate.recipe_of(settings) and len(kept["prompts"]) == settings.prompts
+            made = json.loads(self.result(stage.name).read_text())
+            return made["recipe"] == evaluate.recipe_of(settings) and len(made["prompts"]) == settings.prompts
         return self._is_trained(stage, settings)
 
     def _decisive(self, stage: Stage) -> Iterable[str]:
@@ -152,8 +153,8 @@ class Stages:
     def _is_trained(self, stage: Stage, settings: Any) -> bool:
         """Return whether the run in a stage's folder has made all its updates."""
         notes, wanted = read_notes(self.folder(stage.name) / FILE), settings.loop.iterations
-        before = {"world": STANDARD.name, **notes["recipe"]}  # older runs know of no other
-        for name, value in flatten(asdict(settings)).items():
+        before = kept(defaults(type(settings))) | notes["recipe"]  # what an older run did not know of yet
+        for name, value in kept(flatten(asdict(settings))).items():
             if before.get(name, value) != value:
                 raise ConfigError(
                     f"{self.folder(stage.name)} holds a run with {name} = {before[name]}, and it is "
@@ -215,10 +216,21 @@ class Stages:
             there = Path(path).is_dir() if name == "pairs" else newest(Path(path)) is not None
             if not there:
                 raise ConfigError(f"{name} is given as {path}, which does not exist.")
+        self._check_clips()
         # The teacher may have learned another world: the causal one begins with it.
         others = ("autoencoder", "teacher", "pairs", "latents")
         runs = {name: path for name, path in self._given.items() if name not in others}
         check_runs(self.settings.world, runs)
+
+    def _check_clips(self) -> None:
+        """Refuse true clips that no stage would make: both that could are replaced by what is given."""
+        makers, path = {"teacher", "causal"}, latents_of(self.settings)
+        readers = [stage.name for stage in self.by_name.values() if stage.after and not self.is_given(stage)]
+        if readers and makers <= set(self._given) and not Path(path).exists():
+            raise ConfigError(
+                f"stage {readers[0]} goes on from true clips, and {path} does not exist; teacher and causal "
+                "are given, so nothing makes it: give the file of latents too."
+            )
 
     def _check_equal_updates(self) -> None:
         """Refuse methods that would not be compared at equal updates of the student."""

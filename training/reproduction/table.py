@@ -42,8 +42,8 @@ ABLATED = ("right", "exposure drift", "tint drift", "out of range", "motion", "s
 
 RUNS = (
     "An update of distribution matching is one of the critic; those of the student are told beside it. "
-    "Minutes of training are the loop's own, by which equal time is measured; those of a stage's processes "
-    "also count starting, loading and the sample sheets, over all starts."
+    "Minutes of training are the loop's own; those of a stage's processes also count starting, loading and "
+    "the sample sheets, over all starts."
 )
 """What is told of the table of stages."""
 
@@ -107,6 +107,13 @@ def _head(stages: Stages, groups: Groups) -> list[str]:
             "**The hard world**: captions name shape and direction alone. The object's colour and its speed "
             "are left to what the student remembers; *right* asks that they stay those of the first second."
         )
+    if settings.equal_time and settings.time_ratio:
+        lines.append(
+            f"*{LONGER}* makes {settings.time_ratio:g} times the updates: so much longer was said to be the "
+            "time of an update of the other."
+        )
+    elif settings.equal_time:
+        lines.append(f"*{LONGER}* makes the updates that fit into the other's minutes of training.")
     if left:
         lines.append(f"**Not finished**: {left} of {len(stages.measurings())} students are not measured yet.")
     if settings.smoke:
@@ -190,8 +197,9 @@ def stage_numbers(stages: Stages, stage: Stage) -> dict[str, Any]:
         notes, pace = read_notes(folder / FILE), read_pace(folder)
         numbers["updates"] = notes["done"]
         numbers["training"] = None if pace is None else pace * notes["done"] / 60
-        if stage.kind in MATCHED and "every" in notes["recipe"]:
-            warmup, every = int(notes["recipe"]["warmup"]), int(notes["recipe"]["every"])
+        recipe = notes.get("recipe", {})
+        if stage.kind in MATCHED and "every" in recipe:
+            warmup, every = int(recipe["warmup"]), int(recipe["every"])
             numbers["of the student"] = max(0, -(-(notes["done"] - warmup) // every))
     if stages.is_given(stage):
         return {**numbers, "how": f"given: {stages.result(stage.name)}"}
