@@ -273,6 +273,17 @@ def test_a_true_past_fills_the_window_but_for_a_chunk_with_the_clip_that_the_cap
     assert list(shown.captions) == [text for text in captions for _ in range(each)]
 
 
+def test_clips_of_a_true_past_are_needed_to_train_and_not_to_tell_what_it_takes(runs, tmp_path, caplog):
+    changed = ["past=data", f"latents={tmp_path / 'nowhere'}", "horizon=6"]
+    with caplog.at_level("INFO"):
+        main(settings_of(runs, tmp_path, *changed, "loop.dry_run=true"))
+    assert "rollout" in caplog.text
+    with pytest.raises(
+        ConfigError, match=r"latents is .*nowhere, which does not exist; run training.train_t"
+    ):
+        main(settings_of(runs, tmp_path, *changed))
+
+
 def test_a_share_of_the_videos_with_a_true_past_begins_without_one(runs, clips, tmp_path, monkeypatch):
     settings = settings_of(runs, tmp_path, "past=data", f"latents={clips}", "horizon=6", "at_zero=0.5")
     roles = load_roles(settings, autoencoder(), torch.device("cpu"))
@@ -357,6 +368,10 @@ def test_the_overall_weights_reach_both_losses(runs, tmp_path):
         (
             ["past=data", "latents=x", "horizon=6", "rollout.window=27"],
             "rollout.window is 27; a past of true clips, 21 latent frames long, fills a window from 6 to 24",
+        ),
+        (
+            ["rollout.overlap=3", "rollout.window=6"],
+            "a rollout of 12 latent frames is trained on a window that rolls; set it to 0, or roll",
         ),
         (["past=data", "video.prompts=x"], "past is 'data', which is clips of the demo's world; for Wan"),
     ],

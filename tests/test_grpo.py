@@ -178,6 +178,10 @@ def test_groups_that_ranks_cannot_share_are_refused(settings, monkeypatch):
     ("change", "message"),
     [
         ("latent_frames=20", "latent_frames is 20; it must be a multiple of the chunk"),
+        (
+            ["rollout.overlap=3", "rollout.window=6", "latent_frames=9"],
+            "rollout.overlap is 3, and a rollout of 9 latent frames is trained on a window that rolls",
+        ),
         ("rollout.steps=1", "rollout.steps is 1, which leaves no action to learn"),
         ("group=1", "group is 1; comparing needs at least 2 videos"),
         ("at_once=3", "at_once is 3; it must divide the group, 4"),

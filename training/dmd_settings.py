@@ -6,6 +6,7 @@ from typing import ClassVar, get_args
 from sfpp_core.config import RolloutSettings
 from training.config import ConfigError
 from training.first_latent import FirstLatent
+from training.forcing import check_rolling
 from training.loop import LoopSettings, OptimiserSettings
 from training.models import VideoSettings
 from training.segments import BackwardNoise
@@ -90,7 +91,7 @@ class DmdSettings:
 
     beta: tuple[float, ...] = (1.0, 1.0)
     """Beta law of where the other segments start: (1, 1) is uniform, (1, 2) prefers early; not for
-    streaming."""
+    streaming or a past of ``data``."""
 
     last_step_only: bool = False
     """Keep the gradient at the last denoising step only, as Self-Forcing++ does, instead of a random one."""
@@ -173,6 +174,7 @@ class DmdSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be a multiple of the chunk.")
         if self.horizon < self.segment:
             raise ConfigError(f"horizon is {self.horizon}, shorter than the segment, {self.segment}.")
+        check_rolling(self.rollout, self.horizon + self.given * self.rollout.chunk)
         if not 0 <= self.overlap < self.segment:
             raise ConfigError(f"overlap is {self.overlap}; it must be below the segment, {self.segment}.")
         for clip in self.clips:

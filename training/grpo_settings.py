@@ -6,6 +6,7 @@ from typing import ClassVar, get_args
 from sfpp_core.config import RolloutSettings
 from training import parallel
 from training.config import ConfigError
+from training.forcing import check_rolling
 from training.loop import LoopSettings, OptimiserSettings
 from training.models import VideoSettings
 from training.policy import Reduction
@@ -119,6 +120,7 @@ class GrpoSettings:
         self._check_ranks()
         if self.latent_frames % self.rollout.chunk:
             raise ConfigError(f"latent_frames is {self.latent_frames}; it must be a multiple of the chunk.")
+        check_rolling(self.rollout, self.latent_frames)
         if self.rollout.steps < 2:
             raise ConfigError("rollout.steps is 1, which leaves no action to learn; use at least 2, e.g. 4.")
         if self.group < 2:

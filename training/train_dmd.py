@@ -78,7 +78,7 @@ class Rollouts:
             overlap=settings.overlap // size,
         )
         self.clips: Clips | None = None
-        if settings.past == "data":
+        if settings.past == "data" and not settings.loop.dry_run:
             world = world_called(settings.world)
             self.clips = Clips(Path(settings.latents), seed=settings.loop.seed + 2, world=world)
         count = pieces.per_rank if settings.streaming else 0
