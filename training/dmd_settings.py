@@ -6,10 +6,9 @@ from typing import ClassVar, get_args
 from sfpp_core.config import RolloutSettings
 from training.config import ConfigError
 from training.first_latent import FirstLatent
-from training.forcing import check_rolling
 from training.loop import LoopSettings, OptimiserSettings
 from training.models import VideoSettings
-from training.segments import BackwardNoise
+from training.segments import BackwardNoise, check_rolling
 from training.teacher import LATENT_CLIP
 from training.worlds import check_world
 

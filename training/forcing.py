@@ -30,23 +30,6 @@ def check_past(rollout: RolloutSettings) -> None:
         )
 
 
-def check_rolling(rollout: RolloutSettings, longest: int) -> None:
-    """Refuse windows that start anew in a stage whose window rolls on.
-
-    Args:
-        rollout: How the student is rolled out.
-        longest: Latent frames of its longest rollout; one within the window is the same either way.
-
-    Raises:
-        ConfigError: They would start anew.
-    """
-    if rollout.overlap and longest > rollout.window:
-        raise ConfigError(
-            f"rollout.overlap is {rollout.overlap}, and a rollout of {longest} latent frames is trained on a "
-            f"window that rolls; set it to 0, or roll out no more than the window, {rollout.window}."
-        )
-
-
 def forced_estimates(
     student: BoundStudent, shape: CacheShape, clean: Tensor, noisy: Tensor, sigmas: Sequence[float | Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:

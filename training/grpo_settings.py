@@ -6,11 +6,11 @@ from typing import ClassVar, get_args
 from sfpp_core.config import RolloutSettings
 from training import parallel
 from training.config import ConfigError
-from training.forcing import check_rolling
 from training.loop import LoopSettings, OptimiserSettings
 from training.models import VideoSettings
 from training.policy import Reduction
 from training.rewards import RewardSettings
+from training.segments import check_rolling
 from training.texts import DTYPES
 from training.worlds import check_world
 

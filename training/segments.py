@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sfpp_core.config import RolloutSettings
 from sfpp_core.kv_cache import CacheShape, GradientKVCache, KVCache, RollingKVCache
 from sfpp_core.noise import ChunkNoise
 from sfpp_core.rollout import denoise_chunk, remember, rollout
 from sfpp_core.schedule import FewStepSchedule, add_noise, clean_from_velocity
 from sfpp_core.student import BoundStudent
+from training.config import ConfigError
 
 BackwardNoise = Literal["rollout", "finished"]
 """What the differentiated forward starts from, the two readings of Self-Forcing++'s equation 1.
@@ -65,6 +67,23 @@ class Rolled:
 def cut(x: Tensor, length: int) -> Tensor:
     """Return ``(B, C, T, H, W)`` as P clips of ``length`` latent frames, ``(B * P, C, length, H, W)``."""
     return x.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
+
+
+def check_rolling(rollout: RolloutSettings, longest: int) -> None:
+    """Refuse windows that start anew in a stage whose window rolls on.
+
+    Args:
+        rollout: How the student is rolled out.
+        longest: Latent frames of its longest rollout; one within the window is the same either way.
+
+    Raises:
+        ConfigError: They would start anew.
+    """
+    if rollout.overlap and longest > rollout.window:
+        raise ConfigError(
+            f"rollout.overlap is {rollout.overlap}, and a rollout of {longest} latent frames is trained on a "
+            f"window that rolls; set it to 0, or roll out no more than the window, {rollout.window}."
+        )
 
 
 def draw_segment(
