@@ -22,6 +22,7 @@ from .lazy_latent import ChunkSource
 from .tiles import Stream
 
 KEPT = "The chunks made so far are kept: queue again and the video goes on. "
+"""What becomes of the rest, wherever the room was lacking."""
 
 LESS_FOR_THE_MODEL = (
     "What needs less, and makes another video: storage fp8, host or fp8-host in Cache Settings, a smaller "
