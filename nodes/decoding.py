@@ -17,12 +17,12 @@ from ..sfpp_core.outputs import SHOWN_SIDE, automatic_enlargement, check_enlarge
 from ..sfpp_core.video import check_output, forecast_bytes, open_writer
 from . import _host
 from ._host import io
-from .host_decoder import MADE_FOR, PreviewStream, Stream, stream_of
+from .host_decoder import MADE_FOR, PreviewStream, stream_of
 from .lazy_latent import ChunkSource, source_of
 from .pace import Pace
 from .plain_errors import plain_errors
 from .progress import Progress
-from .tiles import SMALLEST
+from .tiles import SMALLEST, Stream
 from .turns import Turns
 
 VAE = "vae"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..sfpp_core.anchor import Anchor
-from ..sfpp_core.sampler import check_context_sigma
+from ..sfpp_core.schedule import check_context_sigma
 from . import _host
 from ._host import io
 from .plain_errors import plain_errors
@@ -19,7 +19,7 @@ class DriftChoice:
     """Strength with which chunks are pulled towards the statistics of the first ones."""
 
     context_sigma: float = 0.0
-    """Share of noise under which the past is remembered."""
+    """Share of noise under which the past is remembered; 0 leaves it to the student."""
 
     def __post_init__(self) -> None:
         Anchor(strength=self.anchor)
@@ -49,7 +49,7 @@ class SFPPDriftControls(io.ComfyNode):
             display_name="Drift Controls (Self-Forcing++)",
             category="sampling/self-forcing++",
             description="What to do where colour, contrast or sharpness of a long video slowly drift away. "
-            "Both are off at 0, as without this node; another value makes another video. Drift Report "
+            "At 0 both change nothing, as without this node; another value makes another video. Drift Report "
             "measures what it did.",
             inputs=[
                 io.Float.Input(

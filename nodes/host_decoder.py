@@ -5,7 +5,7 @@ Latents are the host's (not normalised); frames are float32 in [0, 1] on the CPU
 """
 
 import logging
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..sfpp_core.errors import SettingsError
 from ..sfpp_core.latent_space import WAN_2_1, WAN_2_2, LatentSpace
 from ..sfpp_core.preview_decoder import PreviewDecoder
 from ._host import from_host_latent, load
-from .tiles import TiledStream
+from .tiles import Stream, TiledStream
 
 OVERLAP = 8
 """Latent frames decoded again before each chunk where an autoencoder cannot stream: all a tiny one sees."""
@@ -27,18 +27,6 @@ MADE_FOR = {
 """What decodes latents, by the name of their space."""
 
 logger = logging.getLogger(__name__)
-
-
-class Stream(Protocol):
-    """A decoder with the memory of one video."""
-
-    def decode(self, chunk: Tensor) -> Tensor:
-        """Return the frames ``(F, 3, H, W)`` of the next ``(1, C, T, h, w)``: 1 + 4(T - 1), later 4T."""
-        ...
-
-    def park(self) -> None:
-        """Put what is remembered into main memory until the next chunk."""
-        ...
 
 
 def stream_of(vae: Any, *, space: LatentSpace = WAN_2_1, tile: int = 0) -> Stream:

@@ -57,6 +57,7 @@ class Progress:
 
     def __exit__(self, *error: object) -> None:
         self._thread.shutdown()
+        self._settle()
         if self._maker is not None:
             _host.finish_progress(self._maker)
 
@@ -76,22 +77,22 @@ class Progress:
         """
         _host.stop_if_cancelled()
         self._done = done
+        if done == self._total or time.monotonic() - self._shown >= SECONDS_BETWEEN_UPDATES:
+            self._shown = time.monotonic()
+            _host.say(text)
+            self._bar.update_absolute(done, self._total)
+            if self._maker is not None:
+                _host.show_progress(self._maker, done, self._total)
+        # After the bar, which adds the node to the host's list: no thread may while that list is read.
         if frames is not None:
             self._preview(frames)
-        if done < self._total and time.monotonic() - self._shown < SECONDS_BETWEEN_UPDATES:
-            return
-        self._shown = time.monotonic()
-        _host.say(text)
-        self._bar.update_absolute(done, self._total)
-        if self._maker is not None:
-            _host.show_progress(self._maker, done, self._total)
 
     def _preview(self, frames: Callable[[], tuple[Tensor, float] | None]) -> None:
         """Have the preview made, if it is wanted and its time has come."""
         self._settle()
-        start = time.monotonic()
-        due = start >= self._next_preview or self._done == self._total  # the last chunk stays to be seen
-        if not self._previews or self._encoding is not None or not due:
+        start, last = time.monotonic(), self._done == self._total
+        due = self._encoding is None and start >= self._next_preview
+        if not self._previews or not (due or last):  # the last chunk stays to be seen
             return
         self._next_preview = start + SECONDS_BETWEEN_PREVIEWS
         if (found := frames()) is not None:

@@ -1,6 +1,7 @@
 """The run on disk of a Long Sampler: where it lies, what it should be, what it holds."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,17 @@ HERE = (
     "`python -m sfpp_core generate`."
 )
 """What is added to a refusal of the package, which speaks to the command line."""
+
+
+@contextmanager
+def _here() -> Iterator[None]:
+    """Add what a refusal of the package means here, where it speaks of its command line."""
+    try:
+        yield
+    except (CheckpointError, SettingsError) as error:
+        if "--" not in str(error):
+            raise
+        raise type(error)(f"{error} {HERE}") from error
 
 
 def folder_of(name: str) -> Path:
@@ -90,11 +102,9 @@ class RunFolder:
         """
         if not is_run(self.folder):
             return 0
-        before = read_manifest(self.folder)
-        try:
+        with _here():
+            before = read_manifest(self.folder)
             manifest = continued(before, self._wanted(before), self.folder)
-        except SettingsError as error:
-            raise SettingsError(f"{error} {HERE}") from error
         for chunk, key in enumerate(keys(manifest.sections)):
             if chunk == self.geometry.chunks or not self._is_there(chunk, key):
                 return chunk
@@ -112,11 +122,9 @@ class RunFolder:
             raise OutputError(
                 f"the folder {self.folder.parent} cannot be made ({error.strerror}); name another run."
             ) from error
-        before = read_manifest(self.folder) if is_run(self.folder) else None
-        try:
+        with _here():
+            before = read_manifest(self.folder) if is_run(self.folder) else None
             return open_run(self.folder, self._wanted(before))
-        except SettingsError as error:
-            raise SettingsError(f"{error} {HERE}") from error
 
     def _wanted(self, before: Manifest | None) -> Wanted:
         """Return what the run should be, given what it is."""

@@ -16,11 +16,11 @@ SMALLEST = 128
 """Smallest side of a square, in pixels."""
 
 
-class Parked(Protocol):
+class Stream(Protocol):
     """A decoder with the memory of one video, which can be put aside."""
 
     def decode(self, chunk: Tensor) -> Tensor:
-        """Return the frames ``(F, 3, H, W)`` of the next ``(1, C, T, h, w)``."""
+        """Return the frames ``(F, 3, H, W)`` of the next ``(1, C, T, h, w)``: 1 + 4(T - 1), later 4T."""
         ...
 
     def park(self) -> None:
@@ -35,11 +35,11 @@ class TiledStream:
     and those that wait are in main memory.
     """
 
-    def __init__(self, open_stream: Callable[[], Parked], tile: int, stride: int) -> None:
+    def __init__(self, open_stream: Callable[[], Stream], tile: int, stride: int) -> None:
         """Prepare squares of ``tile`` pixels, for latent cells of ``stride`` pixels."""
         self._open = open_stream
         self._tile, self._stride = tile // stride, stride
-        self._streams: dict[tuple[int, int], Parked] = {}
+        self._streams: dict[tuple[int, int], Stream] = {}
 
     def decode(self, chunk: Tensor) -> Tensor:
         """Return the frames ``(F, 3, H, W)`` of the next ``(1, C, T, h, w)``."""

@@ -2,7 +2,8 @@
 
 As long as there is room, both are on the GPU, so that neither waits. Where there is none, what was at work is
 begun once more and goes on, with the decoder and what it remembers off the GPU while the model works, and the
-model off it while the decoder does. That costs time and changes nothing else.
+model off it while the decoder does. That costs time and changes nothing else, unless a run goes on by
+replaying a window alone. Where no decoder is at work, all but the model is taken off the GPU, once.
 """
 
 import logging
@@ -17,10 +18,11 @@ from torch import Tensor
 
 from ..sfpp_core.run.warm_up import WAN_REACH
 from . import _host
-from .host_decoder import Stream
 from .lazy_latent import ChunkSource
+from .tiles import Stream
 
 KEPT = "The chunks made so far are kept: queue again and the video goes on. "
+"""What becomes of the rest, wherever the room was lacking."""
 
 LESS_FOR_THE_MODEL = (
     "What needs less, and makes another video: storage fp8, host or fp8-host in Cache Settings, a smaller "
@@ -134,12 +136,14 @@ class Turns:
         """Say that there was no memory left at a chunk, counted from 1; the second time, as an error."""
         place = f"at chunk {chunk} of {self._source.total_chunks}"
         trouble = str(error).partition("\n")[0]
+        alone = self._stream is None
         if self._taking_turns:
+            tried = "the model was alone on it" if alone else "model and decoder took turns on it"
             raise torch.OutOfMemoryError(
-                f"the GPU ran out of memory {place}, although model and decoder took turns on it. "
-                f"{KEPT}{advice}\n{trouble}"
+                f"the GPU ran out of memory {place}, although {tried}. {KEPT}{advice}\n{trouble}"
             ) from error
-        said = f"The GPU ran out of memory {place}: model and decoder take turns now, which is slower"
+        turns = "model and decoder take turns now, which is slower"
+        said = f"The GPU ran out of memory {place}: {'all else is taken off it now' if alone else turns}"
         logger.warning("%s (%s).", said, trouble)
         _host.say(f"{said}.")
 

@@ -31,7 +31,7 @@ from .presets import SELF_FORCING, of_family
 from .prompts import PromptSource, is_of_the_demo, prompt_source
 from .recording import Recording
 from .request import Request
-from .sampler import check_context_sigma
+from .schedule import check_context_sigma
 from .script import read_script
 from .timetable import Timetable, timetable
 
@@ -115,6 +115,7 @@ class Plan:
         stage = f", stage {self.student.stage}" if self.student.stage else ""
         loras = "".join(f", {path.name} at {strength:g}" for path, strength in request.loras)
         tiles = f", in tiles of {request.tile}" if request.tile else ""
+        sigma = request.context_sigma or settings.context_sigma
         lines = [
             f"video    {geometry.seconds:g} s, {geometry.frames} frames, {size}, to {request.out}",
             f"student  {origin}{stage}{loras}, seed {request.seed}",
@@ -123,7 +124,8 @@ class Plan:
             f"shift {settings.shift:g}, window {settings.window}, sink {settings.sink}"
             + (f" ({settings.sink_positions})" if settings.sink else "")
             + (f", overlap {settings.overlap}" if settings.overlap else "")
-            + (f", past under noise {settings.context_sigma:g}" if settings.context_sigma else ""),
+            + (f", past under noise {sigma:g}" if sigma else "")
+            + (f", anchor {request.anchor:g}" if request.anchor else ""),
             f"decoder  {self.decoder.in_words}{tiles}",
             f"compute  {self.device}, {str(self.dtype)[6:]}, attention {self.attend.__name__.strip('_')}, "
             f"{self.threads} CPU thread{'s' if self.threads > 1 else ''}"

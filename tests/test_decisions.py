@@ -160,3 +160,20 @@ def test_a_decoder_decides_where_windows_start_anew_from_its_frames(files, asked
     assert same(planned, other) == (False, False)
     longer = plan(replace(asked, seconds=9.0))
     assert same(planned, longer) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("own", "controls", "said"),
+    [
+        (0.0, {}, []),
+        (0.2, {}, ["past under noise 0.2"]),
+        (0.2, {"context_sigma": 0.1}, ["past under noise 0.1"]),
+        (0.0, {"context_sigma": 0.1, "anchor": 0.5}, ["past under noise 0.1", "anchor 0.5"]),
+    ],
+)
+def test_the_plan_says_what_acts_against_drift(asked, own, controls, said):
+    settings = {"context_sigma": own} if own else {}
+    (line,) = (
+        line for line in plan(replace(asked, settings=settings, **controls)).lines() if "rollout" in line
+    )
+    assert [part for part in line.split(", ") if part.startswith(("past", "anchor"))] == said

@@ -149,6 +149,16 @@ def test_a_prompt_that_changes_later_keeps_what_came_before(output):
     assert torch.equal(queued(text=schedule("[0s: one] [2s: three]"))["samples"], before)
 
 
+def test_a_damaged_run_is_refused_in_words_for_comfyui(output):
+    read(queued(), 1)
+    latent = queued()
+    for name in ("manifest.json", ".manifest.copy.json"):
+        (output / "runs/a" / name).write_text("{}")
+    for asked in (queued, lambda: latent["samples"]):
+        with pytest.raises(ValueError, match=r"is no manifest.*--restart.*In ComfyUI: name another run"):
+            asked()
+
+
 def lora(strength=1.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     adapter = SimpleNamespace(weights=(torch.randn(4, 4, generator=generator), None, 2.0))

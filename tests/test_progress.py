@@ -1,6 +1,7 @@
 """What the user sees while a video is made: bar, text, and a preview that moves, made aside."""
 
 import time
+from concurrent.futures import Future
 from io import BytesIO
 from threading import Event
 from types import SimpleNamespace
@@ -96,6 +97,42 @@ def test_the_video_does_not_wait_for_its_previews(shown, monkeypatch):
     assert previews(shown) == ["picture"]
 
 
+def test_the_last_chunk_stays_to_be_seen_even_where_an_earlier_one_is_still_encoded(shown, monkeypatch):
+    over, began = Event(), Event()
+
+    def slow(seen, fps):
+        began.set()
+        assert over.wait(60)
+        return int(seen[0, 0, 0, 0])
+
+    monkeypatch.setattr(progress, "animated", slow)
+    with progress.Progress(2, "7") as bar:
+        bar.show(1, "", lambda: (frames(1), 16))
+        assert began.wait(60)
+        bar.show(2, "", lambda: (frames(1) + 1, 16))
+        over.set()
+    assert previews(shown) == [0, 255]
+
+
+def test_no_thread_is_the_first_to_show_anything_on_a_node(shown, monkeypatch):
+    class AtOnce:
+        def __init__(self, *_):
+            pass
+
+        def submit(self, function, *values):
+            done = Future()
+            done.set_result(function(*values))
+            return done
+
+        def shutdown(self):
+            pass
+
+    monkeypatch.setattr(progress, "ThreadPoolExecutor", AtOnce)
+    with progress.Progress(2, "7") as bar:
+        bar.show(1, "", lambda: (frames(1), 16))
+    assert [len(entry) for entry in shown] == [3, 4]
+
+
 def test_previews_take_a_small_share_of_the_time(shown, monkeypatch):
     now, sleep = [0.0], time.sleep
 
@@ -153,6 +190,10 @@ def test_a_preview_that_fails_is_said_once_and_the_video_goes_on(shown, monkeypa
         for number in range(50):
             bar.show(number, "", lambda: (frames(1), 16))
             time.sleep(0.002)
+    assert [record.message for record in caplog.records] == ["There are no previews: no encoder"]
+    caplog.clear()
+    with progress.Progress(1, "7") as bar:
+        bar.show(1, "", lambda: (frames(1), 16))
     assert [record.message for record in caplog.records] == ["There are no previews: no encoder"]
 
 

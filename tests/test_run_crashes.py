@@ -9,6 +9,7 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 
+import disks
 import numpy as np
 import pytest
 import tiny_demo
@@ -195,6 +196,19 @@ def test_what_lies_on_another_disk_can_be_put_aside(tmp_path):
         assert (tmp_path / "aside" / path.name).read_bytes() == b"frames"
     finally:
         path.unlink(missing_ok=True)
+
+
+def test_what_finds_no_room_on_another_disk_stays_and_the_remedy_is_said_once(tmp_path):
+    path, disk = tmp_path / "video.mp4", tmp_path / "disk"
+    path.write_bytes(bytes(100_000))
+    disk.mkdir()
+    with disks.small_disk(disk, "1m"):
+        (disk / "aside").mkdir()
+        disks.fill(disk / "filler")
+        with pytest.raises(OutputError, match=r"No space left on device; free some room[^;]*\.$"):
+            move_aside(path, disk / "aside")
+        assert not list((disk / "aside").iterdir())
+    assert path.stat().st_size == 100_000
 
 
 # --- the lock ---------------------------------------------------------------------------------------------

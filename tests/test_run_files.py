@@ -336,6 +336,15 @@ def test_a_finished_video_of_another_encoder_is_not_gone_on_with(tmp_path, monke
     assert other.read_bytes() == content
 
 
+def test_a_stream_that_makes_no_sense_is_no_video_and_is_not_waited_for(tmp_path, monkeypatch):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"of another kind")
+    endless = "import os, signal; signal.alarm(20)\nwhile True: os.write(1, bytes(1 << 16))"
+    monkeypatch.setattr(growing_video, "_copying", lambda _: [sys.executable, "-c", endless])
+    assert cut_video(path, frames=45, **LOOK) == 0
+    assert path.read_bytes() == b"of another kind"
+
+
 # --- decoders that begin in the middle --------------------------------------------------------------------
 
 

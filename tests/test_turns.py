@@ -121,6 +121,15 @@ def test_a_second_time_the_user_is_told_what_to_change(rooms):
         read(Source(), Remembering(fail=[True]), Remembering(fail=[True]))
 
 
+def test_where_no_decoder_is_at_work_none_is_spoken_of(rooms, caplog):
+    reading = turns.Turns(Source(fail=[4, 4])).chunks()
+    with pytest.raises(torch.OutOfMemoryError, match="at chunk 5 of 30, although the model was alone on it"):
+        list(reading)
+    assert "at chunk 5 of 30: all else is taken off it now" in caplog.text
+    assert "decoder" not in caplog.text
+    assert len(rooms) == 1
+
+
 class CancelError(BaseException):
     """The interrupt of the host."""
 

@@ -24,9 +24,11 @@ def move_aside(path: Path, aside: Path) -> None:
     try:
         aside.mkdir(parents=True, exist_ok=True)
         _move(path, target)
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(
-            f"{path} cannot be moved to {aside}: {error.strerror or error}; nothing was changed."
+            f"{path} cannot be moved to {aside}: {error.strerror or error}; it stays where it is."
         ) from error
 
 

@@ -201,6 +201,7 @@ def _take_apart(path: Path, head: bytes) -> bool:
     try:
         with whole_file(path) as part, part.open("wb") as file:
             frames = _loosen(process.stdout, file, head)
+            process.stdout.close()  # a stream that makes no sense is not read on, and ffmpeg would wait
             status = process.wait()
             if status < 0:
                 raise OutputError(f"{path}: ffmpeg was killed by signal {-status}; start again.")
