@@ -17,12 +17,12 @@ def run_words(files, run, *more, prompt=PROMPT, seconds="3"):
 
 def latents(run):
     """Return the latents of all chunks, in order."""
-    return [read_chunk(file) for file in sorted((run / "latents").glob("*.safetensors"))]
+    return [read_chunk(file) for file in sorted((run / "latents").glob("[!.]*.safetensors"))]
 
 
 def made_of(run):
     """Return all that a run has made, byte for byte: its chunks and its video."""
-    files = [*sorted((run / "latents").glob("*.safetensors")), run / "video.mp4"]
+    files = [*sorted((run / "latents").glob("[!.]*.safetensors")), run / "video.mp4"]
     return {file.name: file.read_bytes() for file in files}
 
 

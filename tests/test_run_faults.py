@@ -61,10 +61,10 @@ def kill_until_done(run, *more, seed, least=0):
     while kills < KILLS:
         process = subprocess.Popen(line(run, *more), cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True)
         try:
-            before = len(list((run / "latents").glob("*.safetensors"))) if run.exists() else 0
+            before = len(list((run / "latents").glob("[!.]*.safetensors"))) if run.exists() else 0
             deadline, lingers = time.monotonic() + 300, draw.random() < 0.7 or before < least
             while process.poll() is None and time.monotonic() < deadline and lingers:
-                now = len(list((run / "latents").glob("*.safetensors"))) if run.exists() else 0
+                now = len(list((run / "latents").glob("[!.]*.safetensors"))) if run.exists() else 0
                 lingers = now <= before or now < least
                 time.sleep(0.01)
             time.sleep(draw.uniform(0, 0.6) if lingers is False else draw.uniform(0, 8))
@@ -131,7 +131,7 @@ def test_a_full_disk_ends_a_run_and_harms_nothing(whole, small_disk):
     assert "MB free and the run needs about" in said
     process = subprocess.Popen(line(run, "--seconds", "14"), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     video = run / "video.mp4"
-    while len(list((run / "latents").glob("*.safetensors"))) < 4 or not _has_frames(video):
+    while len(list((run / "latents").glob("[!.]*.safetensors"))) < 4 or not _has_frames(video):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     disks.fill(filler)
@@ -154,7 +154,7 @@ def test_a_full_disk_ends_a_run_and_harms_nothing(whole, small_disk):
 def test_a_disk_that_becomes_read_only_ends_a_run_and_harms_nothing(whole, small_disk):
     run = small_disk / "run"
     process = subprocess.Popen(line(run, "--seconds", "14"), cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    while len(list((run / "latents").glob("*.safetensors"))) < 3:
+    while len(list((run / "latents").glob("[!.]*.safetensors"))) < 3:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     # A mount that is written to does not become read-only; a bind over the folder of the chunks does.

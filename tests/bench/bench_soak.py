@@ -46,7 +46,7 @@ def watch(run, *, minutes, every):
                 resident, files = sample(process.pid)
             except (OSError, StopIteration):
                 break
-            chunks = len(list((run / "latents").glob("*.safetensors"))) if run.exists() else 0
+            chunks = len(list((run / "latents").glob("[!.]*.safetensors"))) if run.exists() else 0
             rows.append((time.monotonic() - start, chunks, resident, files))
     finally:
         process.wait()

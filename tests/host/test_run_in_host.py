@@ -30,7 +30,7 @@ def demo_prompt(run, seconds=SECONDS, **changes):
 
 
 def chunks(host, run):
-    return sorted((host.output / run / "latents").glob("*.safetensors"))
+    return sorted((host.output / run / "latents").glob("[!.]*.safetensors"))
 
 
 def wait_for_chunks(host, run, wanted):
