@@ -162,7 +162,7 @@ class LongSampler:
 
         What is kept from before is heard as the first chunk of the stretch is.
         """
-        schedule = self._schedule()
+        schedule, noise = self._schedule(), ChunkNoise(self.seed)
         cache.reset(skipped=stretch.skipped(cache.shape))
         for number, clean in enumerate(past, start=cache.next):
             if self.recalling is not None and number >= 0:
@@ -171,7 +171,7 @@ class LongSampler:
             heard = max(stretch.begin, stretch.offset + number)
             chunk = number if number < 0 else stretch.chunk(number)
             clean = clean.to(self.device, torch.float32)
-            remember(voice.at(heard), clean, ChunkNoise(self.seed), schedule, cache, chunk=chunk)
+            remember(voice.at(heard), clean, noise, schedule, cache, chunk=chunk)
 
     def _make(
         self, stretch: Stretch, done: int, voice: Voice, cache: RollingKVCache, like: Tensor
