@@ -38,7 +38,7 @@ STAGES = {
 
 def plant():
     """Write a small random model where every stage from the pairs on looks for those before it."""
-    for name in ("teacher", "causal", "ode", "self_forcing"):
+    for name in ("teacher", "causal", "cuts", "ode"):
         write_run(Path("runs/smoke", name, "last.pt"))
 
 

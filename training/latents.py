@@ -1,7 +1,7 @@
 """Latents of the demo world: many clips, encoded once, and batches of them with fresh captions.
 
 The world and its autoencoder live on a torus, so a clip moved by whole latent cells is another clip of the
-same scene: every batch is moved at random.
+same scene: every batch is moved at random, and moved within a clip it is a cut to another framing.
 
 Legend: B clips, C channels, T latent frames, H and W latent height and width.
 """
@@ -65,7 +65,16 @@ def _fingerprint(autoencoder: TinyAutoencoder) -> str:
 class Clips:
     """Batches of encoded clips with their captions, each a function of seed and iteration."""
 
-    def __init__(self, path: Path, *, seed: int, drop: float = 0.0, world: World = STANDARD) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        seed: int,
+        drop: float = 0.0,
+        world: World = STANDARD,
+        cuts: float = 0.0,
+        shot: int = 3,
+    ) -> None:
         """Open the file written by ``prepare``.
 
         Args:
@@ -73,6 +82,9 @@ class Clips:
             seed: Of the batches.
             drop: Share of captions replaced by the empty one, for classifier-free guidance.
             world: How the scenes are told; the clips of all worlds are the same.
+            cuts: Share of the places where a cut may be that have one: from there on the whole picture is
+                moved by a random number of latent cells, two or more along an axis.
+            shot: Latent frames between such places.
 
         Raises:
             ConfigError: There is no such file.
@@ -82,7 +94,7 @@ class Clips:
         with safe_open(path, "pt") as file:
             self.latents = file.get_tensor("latents")
             self.scene_seed = int(file.metadata()["seed"])
-        self.seed, self.drop, self.world = seed, drop, world
+        self.seed, self.drop, self.world, self.cuts, self.shot = seed, drop, world, cuts, shot
 
     def batch(self, iteration: int, size: int) -> tuple[Tensor, list[str], torch.Generator]:
         """Return clips ``(B, C, T, H, W)``, their captions, and a generator for the rest of the iteration."""
@@ -91,8 +103,18 @@ class Clips:
         clips, captions = [], []
         for pick in picks.tolist():
             move = tuple(int(rng.integers(side)) for side in self.latents.shape[-2:])
-            clips.append(self.latents[pick].float().roll(move, (-2, -1)))
+            clip = self.latents[pick].float().roll(move, (-2, -1))
+            clips.append(self._cut(clip, rng) if self.cuts else clip)
             text = self.world.caption(sample_scene((self.scene_seed, pick)), rng)
             captions.append("" if rng.random() < self.drop else text)
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
         return torch.stack(clips), captions, generator
+
+    def _cut(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
+        """Return ``(C, T, H, W)`` with its cuts."""
+        clip = clip.clone()
+        for first in range(self.shot, clip.shape[1], self.shot):
+            if rng.random() < self.cuts:
+                move = tuple(int(rng.integers(2, side - 1)) for side in clip.shape[-2:])
+                clip[:, first:] = clip[:, first:].roll(move, (-2, -1))
+        return clip

@@ -25,7 +25,7 @@ from sfpp_core.schedule import add_noise, warp
 from sfpp_core.student import CausalStudent
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training import parallel
-from training.config import load
+from training.config import ConfigError, load
 from training.forcing import check_past, forced_estimates, spread_evenly
 from training.latents import Clips, prepare
 from training.loop import LoopSettings, Loss, OptimiserSettings, Plan, Trained, descend, run
@@ -79,6 +79,10 @@ class CausalSettings:
     opening: int = 2
     """Chunks of an opening."""
 
+    cuts: float = 0.0
+    """Share of the chunks after a clip's first that begin with a cut, the picture moved by two latent cells
+    or more: the teacher then cuts as well, and flow has spikes for reinforcement to lower."""
+
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """Chunk, window and sink; steps and shift of the sample sheets."""
 
@@ -88,6 +92,8 @@ class CausalSettings:
     def __post_init__(self) -> None:
         world_called(self.world)
         check_past(self.rollout)
+        if not 0 <= self.cuts <= 1:
+            raise ConfigError(f"cuts is {self.cuts}; it is a share, from 0 to 1.")
 
 
 def main(settings: CausalSettings) -> None:
@@ -106,7 +112,14 @@ def main(settings: CausalSettings) -> None:
         with parallel.first():
             if not path.exists():
                 prepare(path, autoencoder, clips=settings.clips, seed=settings.loop.seed)
-        return Clips(path, seed=settings.loop.seed + 1, drop=settings.drop, world=world)
+        return Clips(
+            path,
+            seed=settings.loop.seed + 1,
+            drop=settings.drop,
+            world=world,
+            cuts=settings.cuts,
+            shot=chunk,
+        )
 
     def loss_of(clean: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
         chunks = clean.shape[2] // chunk
