@@ -61,6 +61,8 @@ def settings(tmp_path):
             "group=4",
             "exam_videos=2",
             "reward.function=rewards_of_the_test:brightness",
+            "least_deviation=0.01",
+            "kl=0.0",
         ]
         return load(GrpoSettings, [str(CONFIG), *small, *overrides], stage="train_grpo")
 
