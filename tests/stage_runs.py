@@ -21,7 +21,12 @@ AUTOENCODER = f"autoencoder={ROOT / 'sfpp_core/demo/autoencoder.safetensors'}"
 STAGES = {
     "autoencoder": ("train_autoencoder", "Settings", "demo_autoencoder", ["bf16=0.5"]),
     "teacher": ("train_teacher", "TeacherSettings", "demo_teacher", [AUTOENCODER]),
-    "causal": ("train_causal", "CausalSettings", "demo_causal", [AUTOENCODER, "openings=2", "chunks=2"]),
+    "causal": (
+        "train_causal",
+        "CausalSettings",
+        "demo_causal",
+        [AUTOENCODER, "openings=2", "chunks=2", "cuts=0.5"],
+    ),
     "pairs": ("make_ode_pairs", "PairSettings", "demo_ode_pairs", []),
     "ode": ("train_ode", "OdeSettings", "demo_ode", [AUTOENCODER]),
     "dmd": ("train_dmd", "DmdSettings", "demo_self_forcing", [AUTOENCODER]),

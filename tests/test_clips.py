@@ -1,6 +1,7 @@
 """Batches of encoded clips, and the cuts within them."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from safetensors.torch import save_file
 from training.config import ConfigError, load
 from training.latents import Clips
 from training.train_causal import CausalSettings
+
+CONFIG = Path(__file__).parent.parent / "training" / "configs" / "demo_cuts.toml"
 
 
 @pytest.fixture
@@ -66,4 +69,4 @@ def test_the_clips_kept_are_never_cut_themselves(clips):
 @pytest.mark.parametrize("cuts", [-0.1, 1.5])
 def test_a_share_of_cuts_that_is_none_is_refused(cuts):
     with pytest.raises(ConfigError, match=f"cuts is {cuts}; it is a share, from 0 to 1"):
-        load(CausalSettings, ["training/configs/demo_cuts.toml", f"cuts={cuts}"], stage="test")
+        load(CausalSettings, [str(CONFIG), f"cuts={cuts}"], stage="test")
