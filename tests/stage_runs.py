@@ -36,14 +36,19 @@ STAGES = {
         "demo_self_forcing_plus",
         [AUTOENCODER, "loop.out=runs/smoke/streaming", "streaming=true", "horizon=12"],
     ),
-    "grpo": ("train_grpo", "GrpoSettings", "demo_grpo", [AUTOENCODER]),
+    "grpo": (
+        "train_grpo",
+        "GrpoSettings",
+        "demo_grpo",
+        [AUTOENCODER, "student_run=runs/smoke/self_forcing/last.pt"],
+    ),
 }
 """Module, settings, configuration and what a test changes of it, by stage; each after what it needs."""
 
 
 def plant():
     """Write a small random model where every stage from the pairs on looks for those before it."""
-    for name in ("teacher", "causal", "cuts", "ode"):
+    for name in ("teacher", "causal", "ode", "self_forcing"):
         write_run(Path("runs/smoke", name, "last.pt"))
 
 
