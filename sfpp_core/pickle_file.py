@@ -116,8 +116,8 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
-    # The last two: a name that is no text, and an archive that asks for a later version of the format.
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+    # A name may be no text, and a damaged archive may ask for a version of the format there is none of.
+    except (zipfile.BadZipFile, UnicodeDecodeError, NotImplementedError) as error:
         raise CheckpointError(
             f"{path} is a PyTorch pickle or zip archive that is cut short or damaged ({error}); copy or "
             "download it again."
