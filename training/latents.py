@@ -111,8 +111,7 @@ class Clips:
         return torch.stack(clips), captions, generator
 
     def _cut(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
-        """Return ``(C, T, H, W)`` with its cuts."""
-        clip = clip.clone()
+        """Make the cuts of ``(C, T, H, W)`` in place, and return it."""
         for first in range(self.shot, clip.shape[1], self.shot):
             if rng.random() < self.cuts:
                 move = tuple(int(rng.integers(2, side - 1)) for side in clip.shape[-2:])
