@@ -1,17 +1,22 @@
 """How a student was trained to be rolled out: its exported file says so, and so does who measures it."""
 
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import write_run
 
 from sfpp_core import demo
 from sfpp_core.checkpoint import load_student
 from sfpp_core.config import RolloutSettings
+from sfpp_core.errors import CheckpointError
 from training.config import ConfigError, flatten
 from training.evaluate import EvaluateSettings, tell_other_rollout
 from training.export import ExportSettings, main
 from training.state import read_rollout
+from training.teacher import load_demo_model
+from training.worlds import world_of
 
 SINK = RolloutSettings(sink=3, sink_positions="relative", window=12)
 
@@ -61,3 +66,29 @@ def test_a_run_that_rolled_nothing_out_is_refused(tmp_path):
         exported(tmp_path, recipe={"batch": "2"})
     assert read_rollout(tmp_path / "run" / "last.pt") is None
     assert not (tmp_path / "out").exists()
+
+
+def test_an_exported_student_is_a_start_like_its_run(tmp_path):
+    """In float16, the dtype of the file, the weights are those of the run."""
+    path = exported(tmp_path, recipe=flatten({"rollout": asdict(SINK), "world": "hard"}))
+    model, run = load_demo_model(path), load_demo_model(tmp_path / "run" / "last.pt")
+    assert model.config == run.config
+    assert model.state_dict().keys() == run.state_dict().keys()
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, run.state_dict()[name].half().float(), rtol=0, atol=0)
+    assert read_rollout(path) == SINK
+    assert world_of(str(path)) == "hard"
+
+
+def test_no_start_at_all_is_the_embedded_student():
+    shipped, model = demo.load(), load_demo_model(Path())
+    for name, weight in shipped.network.state_dict().items():
+        torch.testing.assert_close(model.network.state_dict()[name], weight, rtol=0, atol=0)
+    assert torch.equal(model.words.table.weight, shipped.words.table.weight)
+    assert read_rollout(Path()) == shipped.settings
+
+
+def test_an_exported_student_that_is_not_there_is_said_so(tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_demo_model(tmp_path / "student.safetensors")
+    assert world_of(str(tmp_path / "student.safetensors")) is None

@@ -29,7 +29,7 @@ def test_streaming_measures_what_the_whole_video_would(given):
         str(given / "autoencoder.safetensors"),
         RolloutSettings(steps=1),
         device=torch.device("cpu"),
-        half=False,
+        dtype=torch.float32,
     )
     captions = ["a red circle moves right slowly", "a blue square moves up fast"]
     with torch.inference_mode():

@@ -26,6 +26,7 @@ from training.policy import (
     square_means,
     surrogate,
 )
+from training.precision import region
 
 SCHEDULE = FewStepSchedule.uniform(4)
 SHAPE = CacheShape(layers=3, heads=4, head_dim=12, tokens_per_chunk=18, latent_frames_per_chunk=3, window=3)
@@ -129,7 +130,7 @@ def test_every_ratio_is_1_to_the_bit_before_the_first_update(dtype, checkpointin
     student = CausalStudent(network, tiny.CONFIG, dtype=dtype, checkpointing=checkpointing)
 
     def bind():
-        with Mixed.region(LIKE.device, dtype):
+        with region(LIKE.device, dtype):
             return Mixed(student.bind(tiny.text(batch=2)), dtype, LIKE.device)
 
     trace = play(bind, FewStepSchedule(SCHEDULE.sigmas, context_sigma=context_sigma))

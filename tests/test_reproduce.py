@@ -15,6 +15,7 @@ import pytest
 import torch
 from tiny_runs import write_clips, write_run
 
+from sfpp_core import demo
 from sfpp_core.config import RolloutSettings
 from sfpp_core.tiny_autoencoder import AutoencoderConfig, TinyAutoencoder
 from training import reproduce, train_dmd
@@ -166,6 +167,16 @@ def test_a_run_that_is_given_is_measured_as_it_says_it_was_trained(given, tmp_pa
     stages = Stages(settings_of(given, tmp_path, *names, "ablations={}"))
     for name, wanted in {"mine": rollout, "self_forcing-0": rollout, "old": RolloutSettings()}.items():
         assert stages.read(stages.by_name[f"evaluate-{name}"]).rollout == wanted
+
+
+def test_an_exported_student_can_be_the_start(given, tmp_path):
+    stages = Stages(settings_of(given, tmp_path, f"given.ode={demo.file(demo.STUDENT)}", "ablations={}"))
+    assert "ode" not in [stage.name for stage in stages.wanted()]
+    read = stages.read(stages.by_name["self_forcing_plus-0"])
+    assert read.student_run == str(demo.file(demo.STUDENT))
+    assert stages.read(stages.by_name["evaluate-ode"]).rollout == demo.load().settings
+    with pytest.raises(ConfigError, match=r"ode is given as .*nothing.safetensors, which does not exist"):
+        Stages(settings_of(given, tmp_path, f"given.ode={tmp_path}/nothing.safetensors"))
 
 
 ALL = [

@@ -35,7 +35,8 @@ class DmdSettings:
     """``last.pt`` of the teacher, which the critic starts from too; for Wan also a published checkpoint."""
 
     student_run: str
-    """``last.pt`` of the stage the student starts from; for Wan also a published checkpoint."""
+    """``last.pt`` of the stage the student starts from; for Wan also a published checkpoint; empty is the
+    demo's embedded student."""
 
     autoencoder: str
     """Weights of the autoencoder: for the sample sheets, and to encode a first latent frame again. For Wan

@@ -18,7 +18,8 @@ from sfpp_core.text_cache import TextCache
 from sfpp_core.text_encoder import TextEncoder, TextEncoderInfo, check_text_encoder
 from sfpp_core.umt5_tokenizer import clean_prompt
 from training.config import ConfigError, load
-from training.texts import DTYPES, write_index
+from training.precision import DTYPES
+from training.texts import write_index
 
 logger = logging.getLogger(__name__)
 

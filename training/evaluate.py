@@ -23,6 +23,7 @@ from sfpp_core.config import RolloutSettings, to_table
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training.config import ConfigError, load
 from training.measuring import COLUMNS, Measured, Roller, Shelf, fingerprint, write_json
+from training.precision import AUTO, DTYPES, computed_in
 from training.sheets import sheet
 from training.state import read_rollout
 from training.teacher import LATENT_CLIP, DemoModel, load_demo_model, trajectory
@@ -47,7 +48,7 @@ class EvaluateSettings:
     """Folder of the results."""
 
     student: str = ""
-    """``last.pt`` of a student's run; empty is the embedded demo."""
+    """``last.pt`` of a student's run, or a file ``training.export`` wrote; empty is the embedded demo."""
 
     teacher: str = ""
     """``last.pt`` of the teacher's run; empty leaves its row out."""
@@ -71,7 +72,8 @@ class EvaluateSettings:
     """Of captions and noise."""
 
     dtype: str = "float32"
-    """What the student computes in: ``float32``, or ``bfloat16`` as in training, twice as fast."""
+    """What the student computes in: ``float32``, ``bfloat16``, or ``auto``, as in training: bfloat16
+    where the device has it, twice as fast."""
 
     threads: int = 2
     """CPU threads of torch."""
@@ -87,8 +89,8 @@ class EvaluateSettings:
 
     def __post_init__(self) -> None:
         world_called(self.world)
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"dtype is {self.dtype!r}; use 'float32' or 'bfloat16'.")
+        if self.dtype not in (AUTO, *DTYPES):
+            raise ConfigError(f"dtype is {self.dtype!r}; use one of {', '.join((AUTO, *DTYPES))}.")
         if not self.horizons or min(self.horizons) < 1:
             raise ConfigError(f"horizons is {list(self.horizons)}; name at least one, from 1, e.g. [1, 4].")
         for name in ("prompts", "batch"):
@@ -131,16 +133,21 @@ def recipe_of(settings: EvaluateSettings) -> dict[str, str]:
         "frames": str(settings.frames),
         # Nothing of the standard world: measurements made before there were others stay good.
         **({} if settings.world == STANDARD.name else {"world": settings.world}),
-        **{name: str(getattr(settings, name)) for name in ("batch", "seed", "dtype")},
+        **{name: str(getattr(settings, name)) for name in ("batch", "seed")},
+        "dtype": str(computed_in(settings.dtype, device_of(settings))).removeprefix("torch."),
     }
+
+
+def device_of(settings: EvaluateSettings) -> torch.device:
+    """Return where the student computes."""
+    if settings.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(settings.device)
 
 
 def student_videos(settings: EvaluateSettings, prompts: Sequence[str]) -> Iterator[Measured]:
     """Yield the measurements of the student's videos by batch: from disk where they were made before."""
     shelf = Shelf(Path(settings.out) / "videos", recipe_of(settings))
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     roller: Roller | None = None
     for first in tqdm(range(0, len(prompts), settings.batch), desc="student"):
         captions = prompts[first : first + settings.batch]
@@ -150,8 +157,8 @@ def student_videos(settings: EvaluateSettings, prompts: Sequence[str]) -> Iterat
                 settings.student,
                 settings.autoencoder,
                 settings.rollout,
-                device=torch.device(device),
-                half=settings.dtype == "bfloat16",
+                device=device_of(settings),
+                dtype=computed_in(settings.dtype, device_of(settings)),
             )
             measured = roller.measure(captions, seed=settings.seed + first, frames=settings.frames)
             shelf.put(first // settings.batch, measured)
@@ -202,7 +209,7 @@ def header(horizons: Sequence[int]) -> str:
 
 def tell_other_rollout(settings: EvaluateSettings) -> None:
     """Warn that a student is rolled out otherwise than it was trained; it is measured all the same."""
-    trained = read_rollout(Path(settings.student)) if settings.student else demo.load().settings
+    trained = read_rollout(Path(settings.student))
     if trained is None or trained == settings.rollout:
         return
     was, wanted = asdict(trained), asdict(settings.rollout)

@@ -20,9 +20,9 @@ from training.adapters import LoraSettings, export_adapters
 from training.config import ConfigError, load
 from training.digests import digest
 from training.models import network_of
+from training.precision import DTYPES
 from training.state import FILE, read_averaged, read_notes, read_rollout
 from training.teacher import load_demo_model
-from training.texts import DTYPES
 from training.world import WORD_GROUPS
 from training.worlds import STANDARD, world_called, world_of
 

@@ -9,9 +9,9 @@ from training.config import ConfigError
 from training.loop import LoopSettings, OptimiserSettings
 from training.models import VideoSettings
 from training.policy import Reduction
+from training.precision import AUTO, DTYPES
 from training.rewards import RewardSettings
 from training.segments import check_rolling
-from training.texts import DTYPES
 from training.worlds import check_world
 
 
@@ -94,7 +94,8 @@ class GrpoSettings:
     """Largest advantage."""
 
     dtype: str = "float32"
-    """What the student computes in, ``float32`` or ``bfloat16``; its weights stay float32."""
+    """What the student computes in: ``float32``, ``bfloat16``, or ``auto``, which is bfloat16 where the
+    device has it; its weights stay float32."""
 
     exam_videos: int = 24
     """Videos measured with every sample sheet, always of the same captions and noise."""
@@ -147,7 +148,7 @@ class GrpoSettings:
         """Refuse unknown words and shares that are none."""
         known = {
             "logprob_reduction": get_args(Reduction),
-            "dtype": tuple(DTYPES),
+            "dtype": (AUTO, *DTYPES),
             "differ": ("weighed", "all"),
         }
         for name, choices in known.items():

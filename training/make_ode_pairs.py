@@ -26,6 +26,7 @@ from training.config import ConfigError, load
 from training.digests import digest
 from training.forcing import check_past
 from training.models import Model, VideoSettings, geometry_of, load_role, texts_of
+from training.precision import narrow_on, region
 from training.state import FILE, newest
 from training.teacher import causal_trajectory, trajectory
 from training.texts import Texts
@@ -108,7 +109,7 @@ def make_batch(teacher: Model, settings: PairSettings, batch: int) -> Tensor:
     noise = noise.to(next(teacher.parameters()).device)
     every = settings.steps // settings.rollout.steps
     options = {"steps": settings.steps, "guidance": settings.guidance}
-    with torch.autocast(noise.device.type, torch.bfloat16):
+    with region(noise.device, narrow_on(noise.device)):
         if settings.source == "causal":
             chunks = causal_trajectory(
                 teacher, noise, captions, rollout=settings.rollout, clip=clip, **options

@@ -1,7 +1,7 @@
 """Student, teacher and critic of distribution matching, and the two losses between them.
 
-Weights that are trained are float32, what is computed with them bfloat16: a learning rate of 2e-6 is below
-the resolution of a bfloat16 weight. The teacher is bfloat16 throughout.
+Weights that are trained are float32, what is computed with them bfloat16 (see ``precision``): a learning rate
+of 2e-6 is below the resolution of a bfloat16 weight. The teacher is bfloat16 throughout.
 
 Legend: B clips, C channels, T latent frames, H and W latent height and width.
 """
@@ -19,6 +19,7 @@ from sfpp_core.student import BoundStudent, CausalStudent
 from training.first_latent import FirstLatent, Pictures, as_clips
 from training.losses import dmd_loss, overall_loss, velocity_loss
 from training.models import Model, attention_of
+from training.precision import narrow_on, region
 from training.scores import Role, Scores, estimate
 from training.segments import BackwardNoise, Rolled, Segment, roll_segment
 from training.streaming import Stream
@@ -93,6 +94,7 @@ class Matching:
         self.scores, self.schedule, self.shape, self.options = scores, schedule, shape, options
         self.autoencoder, self.guidance = autoencoder, guidance
         self.device = next(student.parameters()).device
+        self.dtype = narrow_on(self.device)
 
     def roll(
         self,
@@ -114,7 +116,7 @@ class Matching:
             clip: Latent frames of each clip the roles judge.
             past: See ``segments.roll_segment``.
         """
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with region(self.device, self.dtype):
             rolled = roll_segment(
                 self.bound(captions),
                 noise,
@@ -122,7 +124,7 @@ class Matching:
                 self.shape,
                 segment,
                 like=self._like(captions, chunk),
-                dtype=torch.bfloat16,
+                dtype=self.dtype,
                 backward_noise=self.options.backward_noise,
                 past=None if past is None else past.to(self.device),
             )
@@ -131,7 +133,7 @@ class Matching:
     def stream(self, stream: Stream, exit_step: int, chunk: tuple[int, int, int], clip: int) -> Shown:
         """Return the next segment of ``stream``, cut into clips; see ``roll``."""
         captions = stream.captions
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with region(self.device, self.dtype):
             rolled = stream.roll(
                 self.bound(captions),
                 self.schedule,
@@ -144,7 +146,7 @@ class Matching:
     def critic_loss(self, shown: Shown, generator: torch.Generator) -> Tensor:
         """Return the flow-matching error of the critic on the student's segment."""
         at = self.scores.noised(shown.clean, generator)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with region(self.device, self.dtype):
             velocity = self.scores.velocity(self.critic, at, shown.captions)
         loss = velocity_loss(velocity, at.clean, at.noise, self.scores.weights(at.clean))
         if self.options.critic_overall:
@@ -158,7 +160,7 @@ class Matching:
         at = self.scores.noised(shown.clean, generator)
         with torch.no_grad():
             real = estimate(self.scores, self.teacher, at, shown.captions, self.guidance)
-            with torch.autocast(self.device.type, torch.bfloat16):
+            with region(self.device, self.dtype):
                 fake = estimate(self.scores, self.critic, at, shown.captions, 1.0)
         pieces, mask, weights = self.scores.pieces, shown.mask, self.scores.weights(shown.clean)
         if weights is not None:
@@ -175,7 +177,7 @@ class Matching:
             model.network,
             model.config,
             attend=attention_of(model),
-            dtype=torch.bfloat16,
+            dtype=self.dtype,
             checkpointing=self.options.checkpointing,
         )
         return student.bind(model.words(captions))

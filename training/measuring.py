@@ -8,7 +8,6 @@ Legend: B videos, F frames, C channels, T latent frames, H and W pixels.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sfpp_core import demo
 from sfpp_core.attention import matmul, sdpa
 from sfpp_core.config import RolloutSettings
 from sfpp_core.durable import write_text
@@ -27,6 +25,7 @@ from sfpp_core.student import CausalStudent
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training.config import ConfigError
 from training.digests import digest
+from training.precision import region
 from training.state import newest
 from training.teacher import load_demo_model
 from training.world import FPS, SIZE
@@ -60,7 +59,7 @@ class Roller:
         rollout: RolloutSettings,
         *,
         device: torch.device,
-        half: bool,
+        dtype: torch.dtype,
     ) -> None:
         """Load the student.
 
@@ -69,23 +68,14 @@ class Roller:
             autoencoder: File of the decoder's weights.
             rollout: How the student is rolled out.
             device: Where everything is computed.
-            half: The student computes in bfloat16, as in training; else in float32. The decoder always is
-                float32.
+            dtype: What the student computes in; with bfloat16 as in training. The decoder is float32.
         """
-        if run:
-            model = load_demo_model(Path(run)).to(device).requires_grad_(False)
-            network, config, self._words = model.network, model.config, model.words
-        else:
-            shipped = demo.load()
-            network, config, self._words = (
-                shipped.network.to(device),
-                shipped.config,
-                shipped.words.to(device),
-            )
+        model = load_demo_model(Path(run)).to(device).requires_grad_(False)
+        self._words = model.words
         self._autoencoder = TinyAutoencoder.load(Path(autoencoder)).to(device)
-        self._rollout, self._device, self._half = rollout, device, half
-        dtype = torch.bfloat16 if half else None
-        self._student = CausalStudent(network, config, dtype=dtype, attend=matmul if half else sdpa)
+        self._rollout, self._device, self._dtype = rollout, device, dtype
+        attend = sdpa if dtype == torch.float32 else matmul
+        self._student = CausalStudent(model.network, model.config, dtype=dtype, attend=attend)
 
     @torch.inference_mode()
     def measure(self, captions: Sequence[str], *, seed: int, frames: int) -> Measured:
@@ -112,13 +102,12 @@ class Roller:
             seed=seed,
             device=self._device,
         )
-        half = torch.autocast(self._device.type, torch.bfloat16) if self._half else nullcontext()
-        with half:
+        with region(self._device, self._dtype):
             chunks = sampler.chunks(self._words(captions))
         self._autoencoder.reset()
         made = 0
         while made < frames:
-            with half:
+            with region(self._device, self._dtype):
                 clean = next(chunks)
             decoded = self._autoencoder.decode(clean)[:, : frames - made]
             made += decoded.shape[1]

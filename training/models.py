@@ -191,8 +191,9 @@ def load_role(
     """Load a model to train or to ask; all its weights are marked as trained.
 
     Args:
-        path: ``last.pt`` of a run; for Wan also a published checkpoint, in any layout that
-            ``sfpp_core.checkpoint.load_student`` reads, or a name in ``ARCHITECTURES``.
+        path: ``last.pt`` of a run, of the demo's world empty for the embedded student; for Wan also a
+            published checkpoint, in any layout that ``sfpp_core.checkpoint.load_student`` reads, or a name
+            in ``ARCHITECTURES``.
         video: Whether it is the demo's or Wan's.
         texts: What a Wan hears.
         device: Where it goes; on ``meta`` it has sizes and no numbers.

@@ -22,6 +22,7 @@ from sfpp_core.kv_cache import CacheShape, GradientKVCache, KVCache
 from sfpp_core.noise import ChunkNoise, NoiseSource
 from sfpp_core.rollout import Student, remember, rollout
 from sfpp_core.schedule import FewStepSchedule, add_noise, clean_from_velocity
+from training.precision import region
 
 Reduction = Literal["mean", "sum"]
 """How the log-ratios of an action's numbers become one: ``mean`` divides the true one by their count."""
@@ -172,18 +173,13 @@ class Mixed:
 
     def __call__(self, noisy: Tensor, sigma: float, cache: KVCache) -> Tensor:
         """Return the velocity at ``noisy``."""
-        with self.region(self.device, self.dtype):
+        with region(self.device, self.dtype):
             return self.student(noisy, sigma, cache)
 
     def remember(self, clean: Tensor, cache: KVCache, *, sigma: float = 0.0) -> None:
         """Write the keys of ``clean``."""
-        with self.region(self.device, self.dtype):
+        with region(self.device, self.dtype):
             self.student.remember(clean, cache, sigma=sigma)
-
-    @staticmethod
-    def region(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-        """Return the autocast region of ``dtype``; float32 has none."""
-        return torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32)
 
 
 @torch.no_grad()

@@ -22,7 +22,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from sfpp_core import demo
 from sfpp_core.config import RolloutSettings, from_table
+from sfpp_core.inspection import inspect
 from training import parallel
 from training.averaging import plain
 from training.config import ConfigError
@@ -38,6 +40,11 @@ _NOTES = "notes.json"
 _OWN = "own"
 _PARTIAL = ".partial"
 _ROLLOUT = "rollout."
+
+
+def is_exported(path: Path) -> bool:
+    """Return whether ``path`` names no run but an exported student; an empty one is the embedded demo."""
+    return path == Path() or path.suffix == ".safetensors"
 
 
 def newest(path: Path) -> Path | None:
@@ -218,14 +225,16 @@ def read_notes(path: Path) -> dict[str, Any]:
 
 
 def read_rollout(path: Path) -> RolloutSettings | None:
-    """Return how the student of a run was rolled out in training, given its ``last.pt``.
+    """Return how a student was rolled out in training, given the ``last.pt`` of its run or its exported file.
 
-    ``None`` where its recipe says nothing of it.
+    ``None`` where the run's recipe, or the file, says nothing of it.
 
     Raises:
         ConfigError: There is no such run.
         SettingsError: It has a setting that this version does not know.
     """
+    if is_exported(path):
+        return inspect(path if path.suffix else demo.file(demo.STUDENT)).settings
     recipe: dict[str, str] = read_notes(path).get("recipe", {})
     texts = {name: text for name, text in recipe.items() if name.startswith(_ROLLOUT)}
     if not texts:

@@ -12,7 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from sfpp_core import demo
 from sfpp_core.attention import matmul
+from sfpp_core.checkpoint import load_student, load_words
 from sfpp_core.config import DEMO, RolloutSettings, StudentConfig
 from sfpp_core.geometry import VideoGeometry
 from sfpp_core.kv_cache import CacheShape, RollingKVCache
@@ -22,7 +24,7 @@ from sfpp_core.student import BoundStudent, CausalStudent
 from sfpp_core.words import WordEncoder
 from training.config import ConfigError
 from training.guidance import Guidance
-from training.state import read_averaged
+from training.state import is_exported, read_averaged
 from training.world import CAPTION_WORDS, FRAMES, SIZE, VOCABULARY
 
 CLIP = VideoGeometry(height=SIZE, width=SIZE, frames=FRAMES)
@@ -129,11 +131,16 @@ def load_demo_model(path: Path) -> DemoModel:
     """Read the averaged weights of a run; sizes come from their shapes.
 
     Args:
-        path: ``last.pt`` in the folder of the run, where one process or several wrote its state.
+        path: ``last.pt`` in the folder of the run, where one process or several wrote its state; or a student
+            that ``training.export`` wrote, its words beside it; ``Path()``, an empty setting, is the embedded
+            demo's.
 
     Raises:
         ConfigError: There is no such run, or it trained adapters.
+        CheckpointError: There is no such file, or it is damaged.
     """
+    if is_exported(path):
+        return _exported(path if path.suffix else demo.file(demo.STUDENT))
     weights = read_averaged(path)
     if "network.blocks.0.ffn.0.weight" not in weights:
         raise ConfigError(f"{path} holds adapters of a model, not a model; continue from the run they adapt.")
@@ -148,4 +155,14 @@ def load_demo_model(path: Path) -> DemoModel:
     )
     model = DemoModel(config)
     model.load_state_dict(weights)
+    return model
+
+
+def _exported(path: Path) -> DemoModel:
+    """Return a student of the demo's world that was exported, float32."""
+    network, config, _ = load_student(path, device="cpu", dtype=torch.float32)
+    words, _ = load_words(path.with_name(demo.WORDS))
+    model = DemoModel(config)
+    model.network.load_state_dict(network.state_dict())
+    model.words.load_state_dict(words.state_dict())
     return model

@@ -8,18 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from sfpp_core.durable import write_text
 from sfpp_core.text_cache import TextCache
 from sfpp_core.text_encoder import fill
 from training.config import ConfigError
+from training.precision import DTYPES
 
 INDEX = "prompts.json"
 """Name of the index in the folder of the embeddings."""
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Dtypes that settings may choose, by name."""
 
 

@@ -21,6 +21,7 @@ from sfpp_core.tiny_autoencoder import TEMPORAL_STRIDE, AutoencoderConfig, TinyA
 from training import parallel
 from training.config import ConfigError, load
 from training.loop import LoopSettings, Loss, OptimiserSettings, Plan, Trained, descend, run
+from training.precision import narrow_on, region
 from training.world import SIZE, render, sample_scene
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class Settings:
     """Frames per clip: 1 + 4(T - 1)."""
 
     bf16: float = 0.7
-    """Share of the run in bfloat16; the rest is float32."""
+    """Share of the run in bfloat16, where the device has it; the rest is float32."""
 
     latent_noise: float = 0.12
     """Largest sigma of the noise added to latents, drawn uniformly per clip."""
@@ -119,11 +120,12 @@ def unit_loss(latents: Tensor) -> Tensor:
 
 
 def loss_of(autoencoder: TinyAutoencoder, settings: Settings, piece: int, *, half: bool) -> Loss:
-    """Return the loss of one piece of an update, computed in bfloat16 if ``half``."""
+    """Return the loss of one piece of an update, computed in bfloat16 if ``half`` and the
+    device has it."""
     device = autoencoder.mean.device
     truth = clips(settings, piece, device)
     generator = torch.Generator().manual_seed(settings.loop.seed * 1_000_003 + piece)
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+    with region(device, narrow_on(device) if half else torch.float32):
         latents = autoencoder.encoder(truth)
         sigma = settings.latent_noise * torch.rand((len(truth), 1, 1, 1, 1), generator=generator)
         noise = sigma * torch.randn(latents.shape, generator=generator)

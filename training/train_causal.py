@@ -30,6 +30,7 @@ from training.forcing import check_past, forced_estimates, spread_evenly
 from training.latents import Clips, prepare
 from training.loop import LoopSettings, Loss, OptimiserSettings, Plan, Trained, descend, run
 from training.losses import velocity_loss
+from training.precision import narrow_on, region
 from training.samples import roll_samples
 from training.teacher import CLIP, load_demo_model
 from training.worlds import world_called
@@ -48,7 +49,8 @@ class CausalSettings:
     """How it is updated."""
 
     teacher_run: str
-    """``last.pt`` of the bidirectional teacher, or of a causal one that has learned another world."""
+    """``last.pt`` of the bidirectional teacher, or of a causal one that has learned another world; empty is
+    the embedded student."""
 
     autoencoder: str
     """Weights of the demo autoencoder, for the sample sheets."""
@@ -99,7 +101,7 @@ class CausalSettings:
 def main(settings: CausalSettings) -> None:
     """Train the causal teacher."""
     device, world = settings.loop.pick_device(), world_called(settings.world)
-    pieces = settings.loop.pieces(settings.batch)
+    pieces, dtype = settings.loop.pieces(settings.batch), narrow_on(device)
     model = load_demo_model(Path(settings.teacher_run)).to(device)
     shape = CacheShape.of(model.config, CLIP, settings.rollout)
     trained = Trained(model, settings.optimiser, updates=settings.loop.iterations)
@@ -127,8 +129,8 @@ def main(settings: CausalSettings) -> None:
         levels = torch.tensor(sigmas).repeat_interleave(chunk)[None, None, :, None, None]
         noise = torch.randn(clean.shape, generator=generator)
         noisy = add_noise(clean, noise, levels).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            student = CausalStudent(model.network, model.config, attend=matmul, dtype=torch.bfloat16)
+        with region(device, dtype):
+            student = CausalStudent(model.network, model.config, attend=matmul, dtype=dtype)
             bound = student.bind(model.words(captions))
             pairs = list(forced_estimates(bound, shape, clean.to(device), noisy, sigmas))
         velocity = torch.cat([velocity for velocity, _ in pairs], dim=2)

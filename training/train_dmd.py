@@ -34,6 +34,7 @@ from training.loop import Loss, OptimiserSettings, descend, run
 from training.matching import Matching, RollOptions, Shown
 from training.models import Model, WanModel, geometry_of, load_role, texts_of
 from training.parallel import Pieces
+from training.precision import narrow_on
 from training.samples import roll_samples
 from training.scores import CausalScores, Levels, WholeScores
 from training.segments import BackwardNoise, Segment, draw_segment
@@ -180,7 +181,7 @@ def load_models(
     student = load_as(
         settings.student_run, width(settings.student), loras=settings.student_loras, **recomputed
     )
-    teacher = load_as(settings.teacher_run, torch.bfloat16).requires_grad_(False)
+    teacher = load_as(settings.teacher_run, narrow_on(device)).requires_grad_(False)
     if width(settings.critic) == torch.bfloat16:
         assert isinstance(teacher, WanModel)
         critic: Model = copy.deepcopy(teacher, {id(weight): weight for weight in teacher.parameters()})

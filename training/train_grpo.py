@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sfpp_core import demo
 from sfpp_core.decoder import PREVIEW, load_decoder
 from sfpp_core.geometry import VideoGeometry
 from sfpp_core.kv_cache import CacheShape
@@ -46,10 +45,11 @@ from training.policy import (
     record,
     surrogate,
 )
+from training.precision import computed_in, region
 from training.rewards import make_reward, rate, speeds_of, videos
 from training.samples import roll_samples
 from training.teacher import DemoModel
-from training.texts import DTYPES, Texts
+from training.texts import Texts
 from training.wan_sheets import roll_wan_samples
 from training.world import sample_scene
 from training.worlds import check_runs, world_called
@@ -114,7 +114,8 @@ class Policy:
 
     def __init__(self, settings: GrpoSettings, device: torch.device) -> None:
         """Load the student, and a copy of it if it shall stay near."""
-        self.settings, self.device, self.dtype = settings, device, DTYPES[settings.dtype]
+        self.settings, self.device = settings, device
+        self.dtype = computed_in(settings.dtype, device)
         self.texts = settings.video.open_texts(dry_run=settings.loop.dry_run)
         self.model = starting_model(settings, self.texts, device).requires_grad_(True)
         # What adapters are trained for never moves, so the copy shares it.
@@ -137,7 +138,7 @@ class Policy:
             dtype=self.dtype,
             checkpointing=self.settings.checkpointing,
         )
-        with Mixed.region(self.device, self.dtype):
+        with region(self.device, self.dtype):
             return Mixed(student.bind(model.words(captions)), self.dtype, self.device)
 
     @torch.no_grad()
@@ -191,18 +192,12 @@ def starting_model(settings: GrpoSettings, texts: Texts | None, device: torch.de
     """Return what the student starts from: a run, for Wan also a checkpoint, or the embedded demo."""
     if not settings.video.is_wan:
         check_runs(settings.world, {"student_run": settings.student_run})
-    if settings.student_run:
-        narrow = settings.video.is_wan and settings.optimiser.lora.rank
-        dtype = torch.bfloat16 if narrow else torch.float32
-        model = load_role(settings.student_run, settings.video, texts, device=device, dtype=dtype)
-        if settings.video.is_wan:
-            torch.manual_seed(settings.loop.seed)  # every rank draws the same adapters
-        return model
-    shipped = demo.load()
-    model = DemoModel(shipped.config)
-    model.network.load_state_dict(shipped.network.state_dict())
-    model.words.load_state_dict(shipped.words.state_dict())
-    return model.to(device)
+    narrow = settings.video.is_wan and settings.optimiser.lora.rank
+    dtype = torch.bfloat16 if narrow else torch.float32
+    model = load_role(settings.student_run, settings.video, texts, device=device, dtype=dtype)
+    if settings.video.is_wan:
+        torch.manual_seed(settings.loop.seed)  # every rank draws the same adapters
+    return model
 
 
 class Learner:
@@ -337,7 +332,7 @@ class Learner:
             },
             held={
                 "the rollouts' estimates": 4 * groups * settings.group * estimates_kept,
-                "keys and values": at_once * DTYPES[settings.dtype].itemsize * policy.shape.numbers,
+                "keys and values": at_once * policy.dtype.itemsize * policy.shape.numbers,
             },
         )
 

@@ -28,6 +28,7 @@ from training.forcing import check_past, forced_estimates
 from training.loop import LoopSettings, Loss, OptimiserSettings, Plan, Trained, descend, run
 from training.make_ode_pairs import Pairs
 from training.models import VideoSettings, WanModel, attention_of, geometry_of, load_role
+from training.precision import narrow_on, region
 from training.samples import roll_samples
 from training.wan_sheets import WanPictures, load_pictures, roll_wan_samples
 from training.worlds import check_runs, check_world, world_called
@@ -49,7 +50,8 @@ class OdeSettings:
     """Folder of the pairs."""
 
     teacher_run: str
-    """``last.pt`` of the teacher, which the student starts from; for Wan also a published checkpoint."""
+    """``last.pt`` of the teacher, which the student starts from; for Wan also a published checkpoint; empty
+    is the demo's embedded student."""
 
     autoencoder: str
     """Weights of the autoencoder, for the sample sheets. For Wan also a tiny decoder, ``preview``, or
@@ -110,7 +112,7 @@ def open_pairs(settings: OdeSettings, clip: tuple[int, ...]) -> Pairs:
 def main(settings: OdeSettings) -> None:
     """Train the causal initialisation."""
     device = settings.loop.pick_device()
-    rollout = settings.rollout
+    rollout, computed = settings.rollout, narrow_on(device)
     if not settings.video.is_wan:
         check_runs(settings.world, {"teacher_run": settings.teacher_run})
     texts = settings.video.open_texts(dry_run=settings.loop.dry_run)
@@ -134,12 +136,12 @@ def main(settings: OdeSettings) -> None:
         levels = draw_levels(rng, geometry.chunks, rollout.steps)
         noisy, target = pick_states(states, levels, rollout.chunk).to(device), states[-1].to(device)
         sigmas = [schedule.sigmas[level] for level in levels]
-        with torch.autocast(device.type, torch.bfloat16):
+        with region(device, computed):
             student = CausalStudent(
                 model.network,
                 model.config,
                 attend=attention_of(model),
-                dtype=torch.bfloat16,
+                dtype=computed,
                 checkpointing=settings.checkpointing,
             )
             bound = student.bind(model.words(captions))

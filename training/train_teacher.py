@@ -20,6 +20,7 @@ from training import parallel
 from training.config import load
 from training.latents import Clips, prepare
 from training.loop import LoopSettings, Loss, OptimiserSettings, Plan, Trained, descend, run
+from training.precision import narrow_on, region
 from training.sheets import sheet
 from training.teacher import LATENT_CLIP, DemoModel, load_demo_model, trajectory
 from training.worlds import world_called
@@ -83,7 +84,7 @@ def main(settings: TeacherSettings) -> None:
     """Train the teacher."""
     device, world = settings.loop.pick_device(), world_called(settings.world)
     autoencoder = TinyAutoencoder.load(Path(settings.autoencoder)).to(device)
-    pieces = settings.loop.pieces(settings.batch)
+    pieces, dtype = settings.loop.pieces(settings.batch), narrow_on(device)
     teacher = first_weights(settings).to(device)
     trained = Trained(teacher, settings.optimiser, updates=settings.loop.iterations)
 
@@ -100,8 +101,8 @@ def main(settings: TeacherSettings) -> None:
         noise = torch.randn(clean.shape, generator=generator)
         clean, noise, sigma = clean.to(device), noise.to(device), sigma.to(device)
         noisy = add_noise(clean, noise, sigma[:, :, None, None, None])
-        with torch.autocast(device.type, torch.bfloat16):
-            velocity = teacher.bind(captions, dtype=torch.bfloat16).whole(noisy, sigma)
+        with region(device, dtype):
+            velocity = teacher.bind(captions, dtype=dtype).whole(noisy, sigma)
         error = (velocity - (noise - clean)).square().mean(dim=(1, 2, 3, 4))
         # The error at high noise falls when motion has been learned.
         high = error[sigma[:, 0] > 0.85].mean().item()

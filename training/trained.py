@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from training import parallel
 from training.adapters import LoraSettings, add_adapters
 from training.averaging import Averaged, restore
+from training.muon import Muon
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -116,7 +117,7 @@ class Trained(Generic[M]):
         flat = {id(kernel): matrix for kernel, matrix in self._kernels}
         moved = [flat.get(id(parameter), parameter) for name, parameter in trainable if name in matrices]
         if moved:
-            muon = torch.optim.Muon(moved, lr=settings.matrix_lr, weight_decay=0.0)
+            muon = Muon(moved, lr=settings.matrix_lr, weight_decay=0.0)
             optimisers.append((muon, settings.matrix_lr))
         return optimisers
 

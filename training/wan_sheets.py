@@ -19,6 +19,7 @@ from sfpp_core.sampler import LongSampler
 from sfpp_core.student import CausalStudent
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training.models import VideoSettings, WanModel, geometry_of, space_of, texts_of
+from training.precision import narrow_on, region
 from training.samples import in_bytes, keep_samples
 
 logger = logging.getLogger(__name__)
@@ -122,13 +123,14 @@ def roll_wan_samples(
         logger.info("no samples: autoencoder is empty, or video.sample_prompts 0")
         return {}
     device = model.network.head.modulation.device
+    dtype = narrow_on(device)
     fps = space_of(model.config).fps
     frames = frames_in(max(seconds), fps=fps)
     geometry = geometry_of(video, model.config, chunk=settings.chunk, frames=frames)
     prompts, videos = texts.prompts[: video.sample_prompts], []
     for prompt in prompts:
-        with torch.autocast(device.type, torch.bfloat16):
-            student = CausalStudent(model.network, model.config, attend=sdpa, dtype=torch.bfloat16)
+        with region(device, dtype):
+            student = CausalStudent(model.network, model.config, attend=sdpa, dtype=dtype)
             sampler = LongSampler(
                 student=student, geometry=geometry, settings=settings, seed=1, device=device
             )

@@ -21,7 +21,7 @@ import numpy as np
 from sfpp_core import demo
 from sfpp_core.inspection import inspect
 from training.config import ConfigError
-from training.state import newest, read_notes
+from training.state import is_exported, newest, read_notes
 from training.world import WORLD_VERSION, Scene, caption, short_caption
 
 
@@ -41,6 +41,9 @@ class World:
     prompts: tuple[str, ...]
     """Prompts of the sample sheets."""
 
+    tells_all: bool
+    """Whether captions name the object's colour and speed."""
+
 
 STANDARD = World(
     name="standard",
@@ -54,6 +57,7 @@ STANDARD = World(
         "a purple square moves up and right slowly",
         "an orange triangle moves down fast",
     ),
+    tells_all=True,
 )
 """Captions name shape, colour, direction and speed."""
 
@@ -69,6 +73,7 @@ HARD = World(
         "a square moves up and right",
         "a triangle moves down",
     ),
+    tells_all=False,
 )
 """Captions name shape and direction."""
 
@@ -102,15 +107,18 @@ def check_world(name: str, *, is_wan: bool) -> None:
 
 
 def world_of(path: str) -> str | None:
-    """Return the name of the world that a run learned, ``None`` where there is no run yet.
+    """Return the name of the world that a run or an exported student learned; ``None``: it is not there yet.
 
     A run that says nothing is older than the other worlds.
 
     Args:
-        path: ``last.pt`` of the run; empty is the embedded demo.
+        path: ``last.pt`` of the run, or the file; empty is the embedded demo.
     """
-    if not path:
-        version = inspect(demo.file(demo.STUDENT)).notes.get("world", STANDARD.version)
+    if is_exported(Path(path)):
+        file = Path(path) if path else demo.file(demo.STUDENT)
+        if not file.exists():
+            return None
+        version = inspect(file).notes.get("world", STANDARD.version)
         return next((world.name for world in WORLDS.values() if world.version == version), version)
     if newest(Path(path)) is None:
         return None

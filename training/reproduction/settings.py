@@ -72,8 +72,8 @@ class ReproduceSettings:
     batch: int = 24
     """Videos measured together; their noise follows from it."""
 
-    dtype: str = "bfloat16"
-    """What students compute in while they are measured, ``float32`` or ``bfloat16``."""
+    dtype: str = "auto"
+    """What students compute in while they are measured, see ``EvaluateSettings``."""
 
     plots: bool = True
     """Draw plots, which needs matplotlib."""

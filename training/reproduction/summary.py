@@ -12,7 +12,7 @@ from training.digests import stamp
 from training.measuring import read_second
 from training.world import parse_caption
 from training.world_metrics import LIMITS, STILL, Second, clip_ok, speed_along
-from training.worlds import HARD
+from training.worlds import world_called
 
 SECONDS = 5
 """Whole seconds in the teacher's horizon, and at the end of each horizon that is measured."""
@@ -81,7 +81,7 @@ class Student:
 
 def numbers_of(world: str) -> tuple[str, ...]:
     """Return what the tables of a world tell of each horizon."""
-    return (*NUMBERS, *LEFT_OPEN) if world == HARD.name else NUMBERS
+    return NUMBERS if world_called(world).tells_all else (*NUMBERS, *LEFT_OPEN)
 
 
 def read_student(

@@ -29,7 +29,7 @@ from training.reproduction.summary import (
 )
 from training.state import FILE, newest, read_notes
 from training.world import FPS, FRAMES
-from training.worlds import HARD
+from training.worlds import world_called
 
 MAIN = (ODE, PLAIN, LONGER, PLUS, REINFORCED)
 """Methods of the first table, in its order."""
@@ -102,7 +102,7 @@ def _head(stages: Stages, groups: Groups) -> list[str]:
         "*mean ± standard deviation between seeds (standard error over clips)*. The error is that of one "
         "seed's clips: binomial for shares. A row without ± has one seed.",
     ]
-    if settings.world == HARD.name:
+    if not world_called(settings.world).tells_all:
         lines.append(
             "**The hard world**: captions name shape and direction alone. The object's colour and its speed "
             "are left to what the student remembers; *right* asks that they stay those of the first second."
