@@ -6,7 +6,9 @@ import pytest
 import torch
 from tiny_runs import write_run
 
+from sfpp_core.anchor import ANCHOR_CHUNKS
 from sfpp_core.config import RolloutSettings
+from sfpp_core.errors import SettingsError
 from sfpp_core.tiny_autoencoder import AutoencoderConfig, TinyAutoencoder
 from training import evaluate
 from training.measuring import Roller, picks, whole_seconds
@@ -40,6 +42,25 @@ def test_streaming_measures_what_the_whole_video_would(given):
         assert repr(measure(video, text)) == repr(seconds)  # nan equals itself here
         shown = (video[picks(50)].clamp(0, 1) * 255).round().byte()
         torch.testing.assert_close(strip, shown, rtol=0, atol=0)
+
+
+def test_an_anchor_holds_what_is_measured(given, tmp_path):
+    """What drifts is pulled back, but nothing before the anchor has learnt its target."""
+    options = {"device": torch.device("cpu"), "dtype": torch.float32}
+    files = str(given / "last.pt"), str(given / "autoencoder.safetensors"), RolloutSettings(steps=1)
+    frames, first = 150, 1 + 4 * (3 * ANCHOR_CHUNKS - 1)
+    with torch.inference_mode():
+        free, held = (
+            torch.cat(list(Roller(*files, **options, anchor=anchor)._decoded(["a red circle"], 5, frames)), 1)
+            for anchor in (0.0, 0.5)
+        )
+    torch.testing.assert_close(free[:, :first], held[:, :first], rtol=0, atol=0)
+    assert not torch.equal(free[:, first:], held[:, first:])
+    settings = evaluate.EvaluateSettings(out=str(tmp_path))
+    assert "anchor" not in evaluate.recipe_of(settings)
+    assert evaluate.recipe_of(replace(settings, anchor=0.2))["anchor"] == "0.2"
+    with pytest.raises(SettingsError, match="anchor is 2; use 0"):
+        replace(settings, anchor=2.0)
 
 
 def test_seconds_are_cut_from_parts_without_waiting_for_the_end():

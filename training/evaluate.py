@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sfpp_core import demo
+from sfpp_core.anchor import Anchor
 from sfpp_core.config import RolloutSettings, to_table
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training.config import ConfigError, load
@@ -84,11 +85,15 @@ class EvaluateSettings:
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """How the student is rolled out."""
 
+    anchor: float = 0.0
+    """Strength, 0 to 1, of what pulls exposure and tint towards the first seconds, as ``--anchor`` does."""
+
     world: str = "standard"
     """Which of the demo's worlds, see ``worlds``: ``standard``, or ``hard``, whose captions tell less."""
 
     def __post_init__(self) -> None:
         world_called(self.world)
+        Anchor(strength=self.anchor)
         if self.dtype not in (AUTO, *DTYPES):
             raise ConfigError(f"dtype is {self.dtype!r}; use one of {', '.join((AUTO, *DTYPES))}.")
         if not self.horizons or min(self.horizons) < 1:
@@ -131,8 +136,9 @@ def recipe_of(settings: EvaluateSettings) -> dict[str, str]:
         "autoencoder": fingerprint(Path(settings.autoencoder)),
         "rollout": json.dumps(to_table(settings.rollout)),
         "frames": str(settings.frames),
-        # Nothing of the standard world: measurements made before there were others stay good.
+        # Nothing of what is as it always was: measurements made before there were others stay good.
         **({} if settings.world == STANDARD.name else {"world": settings.world}),
+        **({"anchor": f"{settings.anchor:g}"} if settings.anchor else {}),
         **{name: str(getattr(settings, name)) for name in ("batch", "seed")},
         "dtype": str(computed_in(settings.dtype, device_of(settings))).removeprefix("torch."),
     }
@@ -159,6 +165,7 @@ def student_videos(settings: EvaluateSettings, prompts: Sequence[str]) -> Iterat
                 settings.rollout,
                 device=device_of(settings),
                 dtype=computed_in(settings.dtype, device_of(settings)),
+                anchor=settings.anchor,
             )
             measured = roller.measure(captions, seed=settings.seed + first, frames=settings.frames)
             shelf.put(first // settings.batch, measured)

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sfpp_core.anchor import anchoring
 from sfpp_core.attention import matmul, sdpa
 from sfpp_core.config import RolloutSettings
 from sfpp_core.durable import write_text
@@ -60,6 +61,7 @@ class Roller:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        anchor: float = 0.0,
     ) -> None:
         """Load the student.
 
@@ -69,11 +71,12 @@ class Roller:
             rollout: How the student is rolled out.
             device: Where everything is computed.
             dtype: What the student computes in; with bfloat16 as in training. The decoder is float32.
+            anchor: Strength of what pulls chunks towards the first ones, see ``sfpp_core.anchor``.
         """
         model = load_demo_model(Path(run)).to(device).requires_grad_(False)
         self._words = model.words
         self._autoencoder = TinyAutoencoder.load(Path(autoencoder)).to(device)
-        self._rollout, self._device, self._dtype = rollout, device, dtype
+        self._rollout, self._device, self._dtype, self._anchor = rollout, device, dtype, anchor
         attend = sdpa if dtype == torch.float32 else matmul
         self._student = CausalStudent(model.network, model.config, dtype=dtype, attend=attend)
 
@@ -101,6 +104,7 @@ class Roller:
             settings=self._rollout,
             seed=seed,
             device=self._device,
+            finish=anchoring(self._anchor),
         )
         with region(self._device, self._dtype):
             chunks = sampler.chunks(self._words(captions))
