@@ -180,7 +180,9 @@ def test_an_exported_student_can_be_the_start(given, tmp_path):
 
 
 ALL = [
-    (config, kind, name) for config in ("reproduce_cpu", "reproduce_gpu") for kind, name in shipped(config)
+    (config, kind, name)
+    for config in ("reproduce_cpu", "reproduce_gpu", "ablations_cpu")
+    for kind, name in shipped(config)
 ]
 
 

@@ -58,6 +58,7 @@ KINDS = {
     "reproduce_cpu": ReproduceSettings,
     "reproduce_gpu": ReproduceSettings,
     "reproduce_hard": ReproduceSettings,
+    "ablations_cpu": ReproduceSettings,
 }
 
 
