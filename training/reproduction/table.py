@@ -13,6 +13,7 @@ import torch
 
 from training.journal import read_pace
 from training.measuring import write_json
+from training.precision import computed_in
 from training.reproduction.layout import LONGER, ODE, PLAIN, PLUS, REINFORCED, Stage
 from training.reproduction.runner import wall_seconds
 from training.reproduction.settings import MATCHED
@@ -97,7 +98,7 @@ def _head(stages: Stages, groups: Groups) -> list[str]:
         f"{settings.threads} thread{'s' if settings.threads > 1 else ''} each.",
         f"Seeds of distribution matching: {seeds}; teacher, trajectories and ODE init are shared by all. "
         f"Every student made the same {', '.join(map(str, sorted(clips)))} videos, each of an unseen "
-        f"caption and a noise of its own, computed in {settings.dtype}. 1x is the teacher's "
+        f"caption and a noise of its own, computed in {_computed(settings.dtype)}. 1x is the teacher's "
         f"{FRAMES} frames ({FRAMES / FPS:.1f} s); the whole seconds of it are measured.",
         "*mean ± standard deviation between seeds (standard error over clips)*. The error is that of one "
         "seed's clips: binomial for shares. A row without ± has one seed.",
@@ -248,6 +249,12 @@ def where() -> dict[str, str]:
         "hardware": f"{_processor()}, {os.cpu_count()} cores" + _accelerator(),
         "torch": torch.__version__,
     }
+
+
+def _computed(name: str) -> str:
+    """Return the dtype of a setting as it is here."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return str(computed_in(name, device)).removeprefix("torch.")
 
 
 def _processor() -> str:
