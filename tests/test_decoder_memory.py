@@ -33,7 +33,16 @@ def measured(path, *, width, height, latent_frames, dtype=torch.float32):
     return peak + sum(weights.nbytes for weights in decoder.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+NARROW = pytest.param(
+    torch.bfloat16,
+    marks=pytest.mark.skipif(
+        not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        reason="a CPU without bfloat16 products imitates them, over copies in float32",
+    ),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, NARROW])
 @pytest.mark.parametrize(("latent_frames", "space"), [(1, TINY.space), (3, TINY.space), (3, WAN_2_2)])
 def test_the_forecast_of_the_tiny_decoder_is_what_it_takes(tmp_path, latent_frames, space, dtype):
     path = tmp_path / "tiny.safetensors"

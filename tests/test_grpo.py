@@ -188,7 +188,7 @@ def test_groups_that_ranks_cannot_share_are_refused(settings, monkeypatch):
         ("group=1", "group is 1; comparing needs at least 2 videos"),
         ("at_once=3", "at_once is 3; it must divide the group, 4"),
         ("logprob_reduction=median", "logprob_reduction is 'median'; use 'mean' or 'sum'"),
-        ("dtype=float16", "dtype is 'float16'; use 'float32' or 'bfloat16'"),
+        ("dtype=float16", "dtype is 'float16'; use 'auto' or 'float32' or 'bfloat16'"),
         ("clip=0", "clip is 0.0; it must be above 0"),
         ("step_share=1.5", "step_share is 1.5; it must be above 0 and at most 1"),
         ("coarse=0", "coarse is 0; it must be above 0"),

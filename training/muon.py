@@ -1,7 +1,7 @@
 """Muon on processors without bfloat16 products.
 
 PyTorch's Muon makes each update orthogonal in bfloat16, which such a CPU imitates: one step of the demo's 40
-matrices took fifteen seconds, and takes a third of one in float32.
+matrices took fifteen seconds, and takes half a second in float32.
 
 Source: Muon, K. Jordan et al. 2024; ``torch.optim.Muon``.
 """

@@ -175,14 +175,14 @@ def load_models(
         return load_role(path, settings.video, texts, device=device, dtype=dtype, **options)
 
     def width(optimiser: OptimiserSettings) -> torch.dtype:
-        return torch.bfloat16 if optimiser.lora.rank and settings.video.is_wan else torch.float32
+        return narrow_on(device) if optimiser.lora.rank and settings.video.is_wan else torch.float32
 
     recomputed = {"checkpointing": settings.checkpointing}
     student = load_as(
         settings.student_run, width(settings.student), loras=settings.student_loras, **recomputed
     )
     teacher = load_as(settings.teacher_run, narrow_on(device)).requires_grad_(False)
-    if width(settings.critic) == torch.bfloat16:
+    if settings.critic.lora.rank and settings.video.is_wan:
         assert isinstance(teacher, WanModel)
         critic: Model = copy.deepcopy(teacher, {id(weight): weight for weight in teacher.parameters()})
         critic.checkpointing = settings.checkpointing

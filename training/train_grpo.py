@@ -193,7 +193,7 @@ def starting_model(settings: GrpoSettings, texts: Texts | None, device: torch.de
     if not settings.video.is_wan:
         check_runs(settings.world, {"student_run": settings.student_run})
     narrow = settings.video.is_wan and settings.optimiser.lora.rank
-    dtype = torch.bfloat16 if narrow else torch.float32
+    dtype = computed_in(settings.dtype, device) if narrow else torch.float32
     model = load_role(settings.student_run, settings.video, texts, device=device, dtype=dtype)
     if settings.video.is_wan:
         torch.manual_seed(settings.loop.seed)  # every rank draws the same adapters

@@ -117,7 +117,7 @@ def main(settings: OdeSettings) -> None:
         check_runs(settings.world, {"teacher_run": settings.teacher_run})
     texts = settings.video.open_texts(dry_run=settings.loop.dry_run)
     narrow = settings.optimiser.lora.rank and settings.video.is_wan
-    dtype = torch.bfloat16 if narrow else torch.float32
+    dtype = computed if narrow else torch.float32
     model = load_role(settings.teacher_run, settings.video, texts, device=device, dtype=dtype)
     if texts is not None:
         torch.manual_seed(settings.loop.seed)  # every rank draws the same adapters

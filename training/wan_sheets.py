@@ -123,7 +123,8 @@ def roll_wan_samples(
         logger.info("no samples: autoencoder is empty, or video.sample_prompts 0")
         return {}
     device = model.network.head.modulation.device
-    dtype = narrow_on(device)
+    kept = model.network.head.modulation.dtype
+    dtype = kept if kept == torch.bfloat16 else narrow_on(device)
     fps = space_of(model.config).fps
     frames = frames_in(max(seconds), fps=fps)
     geometry = geometry_of(video, model.config, chunk=settings.chunk, frames=frames)
