@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sfpp_core import demo
 from sfpp_core.anchor import Anchor
+from sfpp_core.compute import device_named
 from sfpp_core.config import RolloutSettings, to_table
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training.config import ConfigError, load
 from training.measuring import COLUMNS, Measured, Roller, Shelf, fingerprint, write_json
 from training.precision import AUTO, DTYPES, computed_in
 from training.sheets import sheet
-from training.state import read_rollout
+from training.state import exported, read_rollout
 from training.teacher import LATENT_CLIP, DemoModel, load_demo_model, trajectory
 from training.world import FPS, FRAMES, Scene, render, sample_scene
 from training.world_metrics import Second, clip_ok, measure, steady
@@ -80,7 +80,7 @@ class EvaluateSettings:
     """CPU threads of torch."""
 
     device: str = "auto"
-    """Of the student: ``auto`` is the GPU if there is one."""
+    """Of the student: ``cpu``, ``cuda``, or ``auto``, the GPU if there is one."""
 
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """How the student is rolled out."""
@@ -130,7 +130,7 @@ def recipe_of(settings: EvaluateSettings) -> dict[str, str]:
     Raises:
         ConfigError: A file of weights is missing.
     """
-    student = Path(settings.student) if settings.student else Path(demo.__file__).parent / demo.STUDENT
+    student = exported(Path(settings.student)) or Path(settings.student)
     return {
         "student": fingerprint(student),
         "autoencoder": fingerprint(Path(settings.autoencoder)),
@@ -140,15 +140,8 @@ def recipe_of(settings: EvaluateSettings) -> dict[str, str]:
         **({} if settings.world == STANDARD.name else {"world": settings.world}),
         **({"anchor": f"{settings.anchor:g}"} if settings.anchor else {}),
         **{name: str(getattr(settings, name)) for name in ("batch", "seed")},
-        "dtype": str(computed_in(settings.dtype, device_of(settings))).removeprefix("torch."),
+        "dtype": str(computed_in(settings.dtype, device_named(settings.device))).removeprefix("torch."),
     }
-
-
-def device_of(settings: EvaluateSettings) -> torch.device:
-    """Return where the student computes."""
-    if settings.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(settings.device)
 
 
 def student_videos(settings: EvaluateSettings, prompts: Sequence[str]) -> Iterator[Measured]:
@@ -163,8 +156,8 @@ def student_videos(settings: EvaluateSettings, prompts: Sequence[str]) -> Iterat
                 settings.student,
                 settings.autoencoder,
                 settings.rollout,
-                device=device_of(settings),
-                dtype=computed_in(settings.dtype, device_of(settings)),
+                device=device_named(settings.device),
+                dtype=computed_in(settings.dtype, device_named(settings.device)),
                 anchor=settings.anchor,
             )
             measured = roller.measure(captions, seed=settings.seed + first, frames=settings.frames)

@@ -7,7 +7,7 @@ Source: Muon, K. Jordan et al. 2024; ``torch.optim.Muon``.
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,10 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Move every matrix along its averaged gradient, made orthogonal."""
-        device = self.param_groups[0]["params"][0].device
-        if closure is not None or narrow_on(device) == torch.bfloat16:
+        if narrow_on(self.param_groups[0]["params"][0].device) == torch.bfloat16:
             return super().step(closure)
+        with torch.enable_grad():
+            loss = closure() if closure else None
         for group in self.param_groups:
             momentum = group["momentum"]
             for matrix in group["params"]:
@@ -33,16 +34,12 @@ class Muon(torch.optim.Muon):
                 average = state.setdefault("momentum_buffer", torch.zeros_like(matrix.grad))
                 average.lerp_(matrix.grad, 1 - momentum)
                 update = matrix.grad.lerp(average, momentum) if group["nesterov"] else average
-                update = orthogonal(
-                    update,
-                    cast("Sequence[float]", group["ns_coefficients"]),
-                    steps=group["ns_steps"],
-                    eps=group["eps"],
-                )
+                coefficients, steps = group["ns_coefficients"], group["ns_steps"]
+                update = orthogonal(update, coefficients, steps=steps, eps=group["eps"])
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 rows, columns = matrix.shape
                 matrix.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
-        return None
+        return loss
 
 
 def orthogonal(matrix: Tensor, coefficients: Sequence[float], *, steps: int, eps: float) -> Tensor:

@@ -42,9 +42,11 @@ _PARTIAL = ".partial"
 _ROLLOUT = "rollout."
 
 
-def is_exported(path: Path) -> bool:
-    """Return whether ``path`` names no run but an exported student; an empty one is the embedded demo."""
-    return path == Path() or path.suffix == ".safetensors"
+def exported(path: Path) -> Path | None:
+    """Return the exported file that ``path`` names, ``None`` for a run; an empty one is the embedded demo."""
+    if path == Path():
+        return demo.file(demo.STUDENT)
+    return path if path.suffix == ".safetensors" else None
 
 
 def newest(path: Path) -> Path | None:
@@ -233,8 +235,8 @@ def read_rollout(path: Path) -> RolloutSettings | None:
         ConfigError: There is no such run.
         SettingsError: It has a setting that this version does not know.
     """
-    if is_exported(path):
-        return inspect(path if path.suffix else demo.file(demo.STUDENT)).settings
+    if file := exported(path):
+        return inspect(file).settings
     recipe: dict[str, str] = read_notes(path).get("recipe", {})
     texts = {name: text for name, text in recipe.items() if name.startswith(_ROLLOUT)}
     if not texts:

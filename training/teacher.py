@@ -24,7 +24,7 @@ from sfpp_core.student import BoundStudent, CausalStudent
 from sfpp_core.words import WordEncoder
 from training.config import ConfigError
 from training.guidance import Guidance
-from training.state import is_exported, read_averaged
+from training.state import exported, read_averaged
 from training.world import CAPTION_WORDS, FRAMES, SIZE, VOCABULARY
 
 CLIP = VideoGeometry(height=SIZE, width=SIZE, frames=FRAMES)
@@ -139,8 +139,8 @@ def load_demo_model(path: Path) -> DemoModel:
         ConfigError: There is no such run, or it trained adapters.
         CheckpointError: There is no such file, or it is damaged.
     """
-    if is_exported(path):
-        return _exported(path if path.suffix else demo.file(demo.STUDENT))
+    if file := exported(path):
+        return _read_exported(file)
     weights = read_averaged(path)
     if "network.blocks.0.ffn.0.weight" not in weights:
         raise ConfigError(f"{path} holds adapters of a model, not a model; continue from the run they adapt.")
@@ -158,7 +158,7 @@ def load_demo_model(path: Path) -> DemoModel:
     return model
 
 
-def _exported(path: Path) -> DemoModel:
+def _read_exported(path: Path) -> DemoModel:
     """Return a student of the demo's world that was exported, float32."""
     network, config, _ = load_student(path, device="cpu", dtype=torch.float32)
     words, _ = load_words(path.with_name(demo.WORDS))

@@ -124,7 +124,7 @@ def roll_wan_samples(
         return {}
     device = model.network.head.modulation.device
     kept = model.network.head.modulation.dtype
-    dtype = kept if kept == torch.bfloat16 else narrow_on(device)
+    dtype = narrow_on(device) if kept == torch.float32 else kept  # narrow weights meet narrow latents alone
     fps = space_of(model.config).fps
     frames = frames_in(max(seconds), fps=fps)
     geometry = geometry_of(video, model.config, chunk=settings.chunk, frames=frames)

@@ -18,10 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sfpp_core import demo
 from sfpp_core.inspection import inspect
 from training.config import ConfigError
-from training.state import is_exported, newest, read_notes
+from training.state import exported, newest, read_notes
 from training.world import WORLD_VERSION, Scene, caption, short_caption
 
 
@@ -114,8 +113,7 @@ def world_of(path: str) -> str | None:
     Args:
         path: ``last.pt`` of the run, or the file; empty is the embedded demo.
     """
-    if is_exported(Path(path)):
-        file = Path(path) if path else demo.file(demo.STUDENT)
+    if file := exported(Path(path)):
         if not file.exists():
             return None
         version = inspect(file).notes.get("world", STANDARD.version)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sfpp_core.compute import device_named
 from training.journal import read_pace
 from training.measuring import write_json
 from training.precision import computed_in
@@ -253,8 +254,7 @@ def where() -> dict[str, str]:
 
 def _computed(name: str) -> str:
     """Return the dtype of a setting as it is here."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return str(computed_in(name, device)).removeprefix("torch.")
+    return str(computed_in(name, device_named("auto"))).removeprefix("torch.")
 
 
 def _processor() -> str:
