@@ -44,6 +44,8 @@ TORCH_CPU = "torch==2.13.0"
 """Pinned where no driver decides which versions work, so that every CPU machine has the same numbers."""
 TORCH_WHEELS = "https://download.pytorch.org/whl/"
 LINTERS = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["pyright"])
+IN_PARALLEL = ["--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile"]
+"""A test takes one thread, so there is a process per core, up to what fits in memory; a file stays in one."""
 
 
 def has_nvidia_gpu() -> bool:
@@ -202,11 +204,11 @@ def prepare(testing: bool) -> None:
 
 
 def run_tests(words: list[str]) -> int:
-    """Run the linters, then pytest with the given words; return 0 if all are content."""
+    """Run the linters, then pytest with the given words, on all cores; return 0 if all are content."""
     failed = [" ".join(linter) for linter in LINTERS if run(["-m", *linter], cwd=ROOT)]
     if failed:
         say(f"Not content: {', '.join(failed)}. Whatever the tests say below, this run has failed.")
-    return run(["-m", "pytest", *words], cwd=ROOT) or int(bool(failed))
+    return run(["-m", "pytest", *IN_PARALLEL, *words], cwd=ROOT) or int(bool(failed))
 
 
 def hand_over(words: list[str]) -> int:
