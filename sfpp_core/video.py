@@ -5,6 +5,7 @@ Legend: F frames, H W height and width in pixels.
 
 import contextlib
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -238,8 +239,11 @@ class Pictures:
         large = picture.repeat(self._enlarge, axis=0).repeat(self._enlarge, axis=1)
         try:
             self._folder.mkdir(exist_ok=True)
-            # Level 1 is several times as fast as the default, and hardly larger.
-            Image.fromarray(large).save(part, format="PNG", compress_level=1)
+            with part.open("wb") as file:
+                # Level 1 is several times as fast as the default, and hardly larger.
+                Image.fromarray(large).save(file, format="PNG", compress_level=1)
+                file.flush()
+                os.fsync(file.fileno())  # a run that goes on counts names: what has one has to be whole
             part.replace(final)
         except OSError as error:
             with contextlib.suppress(OSError):
