@@ -149,7 +149,7 @@ def test_a_critic_of_adapters_shares_its_weights_with_the_teacher_and_leaves_the
         [str(CONFIGS / "wan_1_3b_lora_24gb.toml"), *small(wan, tmp_path, *changed)],
         stage="x",
     )
-    texts = settings.video.open_texts(dry_run=False)
+    texts = Texts(Path(settings.video.prompts))
     _, teacher, critic = train_dmd.load_models(settings, texts, torch.device("cpu"))
     noisy, sigma = torch.randn(1, 16, 3, 4, 6), torch.full((1, 1), 0.5)
     before, same = (model.bind(["a red ball"]).whole(noisy, sigma) for model in (teacher, critic))

@@ -22,9 +22,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sfpp_core.config import RolloutSettings, to_table
+from training import parallel
 from training.config import ConfigError, load
 from training.digests import digest
 from training.forcing import check_past
+from training.inputs import open_texts
 from training.models import Model, VideoSettings, geometry_of, load_role, texts_of
 from training.precision import narrow_on, region
 from training.state import FILE, newest
@@ -147,16 +149,17 @@ def load_teacher(settings: PairSettings, texts: Texts | None, device: torch.devi
 
 
 def main(settings: PairSettings) -> None:
-    """Make the pairs that are missing, or were made otherwise; a second start continues."""
+    """Make the pairs that are missing; a second start continues, and ranks share the work."""
     torch.set_num_threads(settings.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = parallel.join("cuda" if torch.cuda.is_available() else "cpu")
     if not settings.video.is_wan:
         check_runs(settings.world, {"teacher": settings.teacher})
-    texts = settings.video.open_texts(dry_run=False)
+    texts = open_texts(settings.video, {"teacher": settings.teacher})
     teacher = load_teacher(settings, texts, device)
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    for batch in tqdm(range(-(-settings.pairs // settings.batch)), desc="trajectories"):
+    batches = range(parallel.rank(), -(-settings.pairs // settings.batch), parallel.ranks())
+    for batch in tqdm(batches, desc="trajectories", disable=parallel.rank() > 0):
         path, wanted = out / f"pairs_{batch:05d}.safetensors", identity(settings, batch, texts)
         if path.exists() and _metadata(path) == wanted:
             continue

@@ -63,14 +63,6 @@ class VideoSettings:
         """Whether these are videos of Wan."""
         return bool(self.prompts)
 
-    def open_texts(self, *, dry_run: bool) -> Texts | None:
-        """Return the prompts of Wan's videos; ``None`` for the demo's world, and for a dry run.
-
-        Raises:
-            ConfigError: As ``Texts``.
-        """
-        return Texts(Path(self.prompts)) if self.is_wan and not dry_run else None
-
 
 class _RMSNorm(nn.RMSNorm):
     """A norm whose result is as narrow as its input, whatever its weights are kept in."""

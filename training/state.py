@@ -93,7 +93,7 @@ class Saver:
         if path is None:
             return 0, 0.0
         state = (
-            _read_file(path, lazily=parallel.ranks() > 1)
+            _read_file(path, lazily=parallel.ranks() > 1 or torch.cuda.is_available())
             if path.is_file()
             else json.loads((path / _NOTES).read_text())
         )

@@ -29,6 +29,7 @@ from training.cost import COPIES, MatchingCost, copies_of
 from training.dmd_settings import DmdSettings
 from training.dry_run import Plan
 from training.first_latent import FirstLatent, Pictures
+from training.inputs import open_texts
 from training.latents import Clips
 from training.loop import Loss, OptimiserSettings, descend, run
 from training.matching import Matching, RollOptions, Shown
@@ -301,7 +302,8 @@ def main(settings: DmdSettings) -> None:
     device = settings.loop.pick_device()
     if not settings.video.is_wan:
         check_runs(settings.world, {"teacher_run": settings.teacher_run, "student_run": settings.student_run})
-    texts = settings.video.open_texts(dry_run=settings.loop.dry_run)
+    files = {name: getattr(settings, name) for name in ("teacher_run", "student_run", "autoencoder")}
+    texts = open_texts(settings.video, files, loras=settings.student_loras, dry_run=settings.loop.dry_run)
     roles = load_roles(settings, None, device, texts)
     config, encodes = roles.student.config, settings.first_latent == "reencode"
     autoencoder = load_pictures(settings.autoencoder, settings.video, config, device=device, encodes=encodes)

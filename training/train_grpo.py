@@ -30,6 +30,7 @@ from training import parallel
 from training.config import load
 from training.exam import examine, papers
 from training.grpo_settings import GrpoSettings
+from training.inputs import open_texts
 from training.loop import Pieces, Plan, Trained, run
 from training.models import Model, WanModel, attention_of, geometry_of, load_role
 from training.policy import (
@@ -116,7 +117,8 @@ class Policy:
         """Load the student, and a copy of it if it shall stay near."""
         self.settings, self.device = settings, device
         self.dtype = computed_in(settings.dtype, device)
-        self.texts = settings.video.open_texts(dry_run=settings.loop.dry_run)
+        files = {"student_run": settings.student_run, "autoencoder": settings.autoencoder}
+        self.texts = open_texts(settings.video, files, dry_run=settings.loop.dry_run)
         self.model = starting_model(settings, self.texts, device).requires_grad_(True)
         # What adapters are trained for never moves, so the copy shares it.
         shared = {id(weight): weight for weight in self.model.parameters()}

@@ -25,6 +25,7 @@ from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training.config import ConfigError, load
 from training.cost import COPIES, copies_of, held, regression_operations
 from training.forcing import check_past, forced_estimates
+from training.inputs import open_texts
 from training.loop import LoopSettings, Loss, OptimiserSettings, Plan, Trained, descend, run
 from training.make_ode_pairs import Pairs
 from training.models import VideoSettings, WanModel, attention_of, geometry_of, load_role
@@ -109,13 +110,18 @@ def open_pairs(settings: OdeSettings, clip: tuple[int, ...]) -> Pairs:
     return pairs
 
 
+def files_of(settings: OdeSettings) -> dict[str, str]:
+    """Return what the stage reads, by setting."""
+    return {name: getattr(settings, name) for name in ("teacher_run", "pairs", "autoencoder")}
+
+
 def main(settings: OdeSettings) -> None:
     """Train the causal initialisation."""
     device = settings.loop.pick_device()
     rollout, computed = settings.rollout, narrow_on(device)
     if not settings.video.is_wan:
         check_runs(settings.world, {"teacher_run": settings.teacher_run})
-    texts = settings.video.open_texts(dry_run=settings.loop.dry_run)
+    texts = open_texts(settings.video, files_of(settings), dry_run=settings.loop.dry_run)
     narrow = settings.optimiser.lora.rank and settings.video.is_wan
     dtype = computed if narrow else torch.float32
     model = load_role(settings.teacher_run, settings.video, texts, device=device, dtype=dtype)
