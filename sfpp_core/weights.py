@@ -93,6 +93,9 @@ class Entry:
 class _File(Protocol):
     """One file with tensors."""
 
+    @property
+    def path(self) -> Path: ...
+
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]: ...
 
     def tensor(self, name: str) -> Tensor: ...
@@ -147,6 +150,11 @@ class Weights:
 
     files: tuple[tuple[_File, frozenset[str]], ...] = field(repr=False)
     """What reads the tensors, and the names of those each can read."""
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that hold the tensors."""
+        return tuple(file.path for file, _ in self.files)
 
     def table(self, key: str, *, where: str) -> dict[str, Any] | None:
         """Return the JSON table under ``key`` of the metadata, or ``None`` if there is none.

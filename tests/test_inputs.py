@@ -1,6 +1,7 @@
 """What a stage of Wan reads is there before anything is loaded."""
 
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from training.config import ConfigError, load
 from training.inputs import open_texts
 from training.models import VideoSettings
 
+CONFIGS = Path(__file__).parent.parent / "training" / "configs"
 WAN = VideoSettings(prompts="nowhere/prompts")
 
 
@@ -54,7 +56,7 @@ def test_the_demo_needs_none_of_it():
 
 def test_a_stage_refuses_before_it_loads_a_model(monkeypatch):
     monkeypatch.setattr(train_dmd, "load_role", lambda *_, **__: pytest.fail("a model was loaded"))
-    words = ["training/configs/wan_1_3b_1gpu.toml", "teacher_run=wan-1.3b", "student_run=wan-1.3b"]
+    words = [str(CONFIGS / "wan_1_3b_1gpu.toml"), "teacher_run=wan-1.3b", "student_run=wan-1.3b"]
     settings = load(train_dmd.DmdSettings, [*words, "loop.device=cpu"], stage="train_dmd")
     with pytest.raises(ConfigError, match=r"autoencoder models/.*: not there"):
         train_dmd.main(settings)

@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+import pytest
+import torch
+from safetensors.torch import save_file
+
 from sfpp_core import demo
 from sfpp_core.inspection import inspect
 from training import (
@@ -13,7 +17,7 @@ from training import (
     train_ode,
     train_teacher,
 )
-from training.config import load
+from training.config import ConfigError, load
 
 CONFIGS = Path(__file__).parent.parent / "training" / "configs"
 MODEL = ["model.dim=128", "model.ffn_dim=64", "model.heads=1", "model.layers=1", "model.text_dim=8"]
@@ -66,10 +70,14 @@ def test_all_stages_lead_from_nothing_to_a_demo_that_generates(tmp_path):
     assert (tmp_path / "table" / "sheet.png").exists()
 
 
-def test_pairs_made_otherwise_are_made_again(tmp_path):
+def test_pairs_made_otherwise_are_told_apart(tmp_path):
     settings = make_ode_pairs.PairSettings(teacher=str(tmp_path / "t"), out=str(tmp_path), source="causal")
     (tmp_path / "t").write_bytes(b"one teacher")
     first = make_ode_pairs.identity(settings, 0)
+    path = tmp_path / "pairs_00000.safetensors"
+    save_file({"states": torch.zeros(1)}, path, metadata=first)
+    make_ode_pairs.check_made(path, first)
     (tmp_path / "t").write_bytes(b"another teacher")
-    assert make_ode_pairs.identity(settings, 0) != first
+    with pytest.raises(ConfigError, match=r"pairs_00000\.safetensors was made with another teacher;"):
+        make_ode_pairs.check_made(path, make_ode_pairs.identity(settings, 0))
     assert make_ode_pairs.identity(settings, 1)["captions"] != first["captions"]

@@ -22,7 +22,7 @@ from sfpp_core.inspection import inspect
 from sfpp_core.lora import read_adapter
 from sfpp_core.text_cache import encode_prompts as encode
 from sfpp_core.text_encoder import TextEncoder
-from training import encode_prompts, export, make_ode_pairs, train_dmd, train_grpo, train_ode
+from training import encode_prompts, export, make_ode_pairs, parallel, train_dmd, train_grpo, train_ode
 from training.config import ConfigError, load
 from training.cost import forward_operations, held
 from training.models import VideoSettings, load_role
@@ -165,10 +165,20 @@ def test_a_critic_of_adapters_shares_its_weights_with_the_teacher_and_leaves_the
     torch.testing.assert_close(teacher.bind(["a red ball"]).whole(noisy, sigma), before, rtol=0, atol=0)
 
 
-def test_trajectories_of_wan_lead_to_a_causal_student(wan, tmp_path):
+def test_trajectories_of_wan_lead_to_a_causal_student(wan, tmp_path, monkeypatch):
     video = [f"video.prompts={wan / 'texts'}", "video.height=32", "video.width=48"]
     pairs = [f"teacher={wan / 'teacher'}", f"out={tmp_path / 'pairs'}", "pairs=2", "steps=4", "threads=1"]
-    start(make_ode_pairs, make_ode_pairs.PairSettings, "wan_ode_pairs", *pairs, *video)
+    make = (make_ode_pairs, make_ode_pairs.PairSettings, "wan_ode_pairs", *pairs, *video)
+    with monkeypatch.context() as shared:  # the second of two ranks makes every other one
+        shared.setattr(parallel, "ranks", lambda: 2)
+        shared.setattr(parallel, "rank", lambda: 1)
+        start(*make)
+    assert [path.name for path in (tmp_path / "pairs").iterdir()] == ["pairs_00001.safetensors"]
+    before = (tmp_path / "pairs" / "pairs_00001.safetensors").stat()
+    (wan / "teacher" / "Wan2.1_VAE.pth").write_bytes(b"downloaded later")
+    start(*make)
+    (wan / "teacher" / "Wan2.1_VAE.pth").unlink()
+    assert (tmp_path / "pairs" / "pairs_00001.safetensors").stat() == before
     made = make_ode_pairs.Pairs(tmp_path / "pairs", (16, 21, 4, 6))
     assert made.captions == ["A cat surfs a wave", "two children run"]
     states, captions, _ = made.batch(0, 0, 2)

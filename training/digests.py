@@ -7,9 +7,11 @@ from pathlib import Path
 _PART = 2**24
 
 
-def digest(path: Path) -> str:
-    """Return a digest of what a file holds, or all files of a folder; it is remembered while they stay."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+def digest(*paths: Path) -> str:
+    """Return a digest of what files hold, and all files of folders; it is remembered while they stay."""
+    files: list[Path] = []
+    for path in paths:
+        files += [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     return _digest(tuple((file, stamp(file)) for file in files))
 
 

@@ -10,6 +10,7 @@ sigma the student is trained at.
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sfpp_core.config import RolloutSettings, to_table
+from sfpp_core.weights import open_weights
 from training import parallel
 from training.config import ConfigError, load
 from training.digests import digest
@@ -124,7 +126,7 @@ def make_batch(teacher: Model, settings: PairSettings, batch: int) -> Tensor:
 
 
 def identity(settings: PairSettings, batch: int, texts: Texts | None = None) -> dict[str, str]:
-    """Return all that one file of pairs follows from; a file that says otherwise is made again."""
+    """Return all that one file of pairs follows from."""
     skipped = ["out", "pairs", "threads"] + ([] if settings.video.is_wan else ["video"])
     if settings.world == STANDARD.name:
         skipped.append("world")  # as before there were others: pairs that exist stay good
@@ -132,12 +134,35 @@ def identity(settings: PairSettings, batch: int, texts: Texts | None = None) -> 
     recipe: dict[str, Any] = {name: value for name, value in table.items() if name not in skipped}
     if settings.video.is_wan:
         recipe["video"] = {name: recipe["video"][name] for name in ("height", "width")}
-    path = Path(settings.teacher)
-    found = newest(path) if path.name == FILE else path
-    # A name that stands for a model is no file.
-    teacher = digest(found) if found and found.exists() else settings.teacher
     captions = captions_of(settings, batch, texts)
-    return {"recipe": json.dumps({**recipe, "teacher": teacher}), "captions": json.dumps(captions)}
+    told = {**recipe, "teacher": digest_of(settings.teacher)}
+    return {"recipe": json.dumps(told), "captions": json.dumps(captions)}
+
+
+def digest_of(teacher: str) -> str:
+    """Return a digest of the weights a setting names, or the name where it stands for a model without any."""
+    path = Path(teacher)
+    found = newest(path) if path.name == FILE else path
+    if found is None or not found.exists():
+        return teacher
+    if path.name == FILE or found.is_file():
+        return digest(found)
+    return digest(*open_weights(found).paths)  # other files of the folder may come and go
+
+
+def check_made(path: Path, wanted: Mapping[str, str]) -> None:
+    """Refuse to take a file of pairs for what it is not: it took long to make.
+
+    Raises:
+        ConfigError: It follows from other settings.
+    """
+    made = _metadata(path)
+    before, now = ({**json.loads(table["recipe"]), "captions": table["captions"]} for table in (made, wanted))
+    if differ := [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]:
+        raise ConfigError(
+            f"{path} was made with another {' and another '.join(differ)}; put it back to continue, choose "
+            "another out, or remove the folder to begin anew."
+        )
 
 
 def load_teacher(settings: PairSettings, texts: Texts | None, device: torch.device) -> Model:
@@ -155,14 +180,19 @@ def main(settings: PairSettings) -> None:
     if not settings.video.is_wan:
         check_runs(settings.world, {"teacher": settings.teacher})
     texts = open_texts(settings.video, {"teacher": settings.teacher})
-    teacher = load_teacher(settings, texts, device)
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    batches = range(parallel.rank(), -(-settings.pairs // settings.batch), parallel.ranks())
-    for batch in tqdm(batches, desc="trajectories", disable=parallel.rank() > 0):
+    absent = []
+    for batch in range(parallel.rank(), -(-settings.pairs // settings.batch), parallel.ranks()):
         path, wanted = out / f"pairs_{batch:05d}.safetensors", identity(settings, batch, texts)
-        if path.exists() and _metadata(path) == wanted:
-            continue
+        if path.exists():
+            check_made(path, wanted)
+        else:
+            absent.append((batch, path, wanted))
+    if not absent:
+        return
+    teacher = load_teacher(settings, texts, device)
+    for batch, path, wanted in tqdm(absent, desc="trajectories", disable=parallel.rank() > 0):
         partial = path.with_suffix(".partial")
         save_file({"states": make_batch(teacher, settings, batch)}, partial, metadata=wanted)
         partial.replace(path)
