@@ -239,7 +239,7 @@ def test_ten_updates_equal_four_and_a_kill_and_six(runs, clips, tmp_path, varian
 
 
 def test_the_segment_is_a_function_of_seed_and_piece(runs, tmp_path):
-    settings = settings_of(runs, tmp_path)
+    settings = settings_of(runs, tmp_path, "clips=[6]")
     roles = load_roles(settings, autoencoder(), torch.device("cpu"))
     pieces = Pieces(batch=2, effective=2)
     with torch.no_grad():
@@ -247,6 +247,38 @@ def test_the_segment_is_a_function_of_seed_and_piece(runs, tmp_path):
     torch.testing.assert_close(one.clean, again.clean, rtol=0, atol=0)
     assert one.captions == again.captions
     assert (one.clean - other.clean).abs().max() > 0.01
+
+
+def test_all_pieces_of_an_iteration_roll_out_equally_far_and_differ_in_what_they_show(
+    runs, tmp_path, monkeypatch
+):
+    settings = settings_of(runs, tmp_path, "horizon=60", "clips=[6, 3]")
+    roles = load_roles(settings, autoencoder(), torch.device("cpu"))
+    drawn = []
+    monkeypatch.setattr(roles, "roll", lambda texts, noise, *law, past: drawn.append((law, texts, noise)))
+    rollouts = Rollouts(settings, roles, Pieces(batch=2, effective=8))
+    for piece in range(24):
+        rollouts.next(piece)
+    laws = [law for law, _, _ in drawn]
+    assert all(len(set(map(str, laws[first : first + 4]))) == 1 for first in range(0, 24, 4))
+    assert len({str(law) for law in laws}) > 3
+    assert len({tuple(texts) for _, texts, _ in drawn}) > 20
+
+
+@pytest.mark.usefixtures("without_sheets")
+def test_the_critic_of_one_round_goes_on_in_the_next(runs, tmp_path):
+    for name in ("first", "next"):
+        (tmp_path / name).mkdir()
+    first = settings_of(runs, tmp_path / "first", "horizon=6", "critic.lr=1e-2", "loop.iterations=2")
+    main(first)
+    saved = torch.load(tmp_path / "first" / "last.pt", weights_only=True)["critic"]["module"]
+    given = f"critic_run={tmp_path / 'first' / 'last.pt'}"
+    roles = load_roles(settings_of(runs, tmp_path / "next", given), autoencoder(), torch.device("cpu"))
+    held = roles.critic.state_dict()
+    assert held.keys() == saved.keys()
+    assert all(torch.equal(held[name], saved[name]) for name in saved)
+    begun = roles.teacher.state_dict()
+    assert any(not torch.equal(held[name], begun[name]) for name in saved)
 
 
 @pytest.mark.parametrize(("window", "chunks"), [(21, 6), (9, 2), (24, 7)])

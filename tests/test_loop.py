@@ -60,6 +60,29 @@ def test_the_average_begins_when_it_is_told_to():
     assert not trained.averaged.head.weight.requires_grad
 
 
+def test_without_an_average_the_weights_are_what_is_sampled_saved_once_and_handed_on(tmp_path):
+    trained = Trained(Toy(), OptimiserSettings(lr=0.1, ema=0.0), updates=3)
+    assert trained.averaged is trained.module
+
+    def step(iteration):
+        return descend(trained, [Loss(error_of(trained.module, torch.ones(2, 6)))], iteration, count=1)
+
+    def sample(path):
+        assert trained.averaged.head.weight.shape == (1, 6)
+
+    loop = settings(tmp_path, iterations=3)
+    run(loop, {"model": trained}, step, sample, recipe=Recipe(loop=loop))
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
+    assert list(saved["averaged"]) == ["n_averaged"]
+    read = read_averaged(tmp_path / "last.pt")
+    assert read.keys() == trained.module.state_dict().keys()
+    assert torch.equal(read["head.weight"], trained.module.head.weight)
+    again = Trained(Toy(), OptimiserSettings(lr=0.1, ema=0.0), updates=3)
+    again.load_state_dict(saved)
+    assert torch.equal(again.averaged.head.weight, trained.module.head.weight)
+    assert forecast(trained, 1).averaged == 0
+
+
 def test_weights_that_are_not_finite_stop_a_run_with_all_that_led_there(tmp_path):
     trained = Trained(Toy(), OptimiserSettings(lr=0.1), updates=5)
     before = trained.module.head.weight.detach().clone()

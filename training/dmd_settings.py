@@ -38,6 +38,10 @@ class DmdSettings:
     """``last.pt`` of the stage the student starts from; for Wan also a published checkpoint; empty is the
     demo's embedded student."""
 
+    critic_run: str = ""
+    """What the critic starts from where it is not the teacher: ``last.pt`` of an earlier run of this stage,
+    whose critic goes on; for Wan also a published checkpoint, as small as the student for a large teacher."""
+
     autoencoder: str
     """Weights of the autoencoder: for the sample sheets, and to encode a first latent frame again. For Wan
     also a tiny decoder or ``preview``, which only show, or nothing."""

@@ -56,7 +56,7 @@ class Memory:
     """Averages of AdamW and Muon."""
 
     averaged: int
-    """The averaged weights; whole while a sample is made."""
+    """The averaged weights, where some are kept; whole while a sample is made."""
 
     @property
     def total(self) -> int:
@@ -88,7 +88,10 @@ def forecast(trained: Trained[Any], ranks: int, *, narrow: bool = False) -> Memo
     own = whole_bytes + sharded_bytes // ranks
     passing = 0 if ranks == 1 else sharded_bytes // _FLOAT32 * gathered
     return Memory(
-        weights=frozen + own + passing, gradients=own + passing, optimisers=states, averaged=own + passing
+        weights=frozen + own + passing,
+        gradients=own + passing,
+        optimisers=states,
+        averaged=own + passing if trained.settings.ema else 0,
     )
 
 

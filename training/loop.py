@@ -10,7 +10,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -269,17 +269,12 @@ class _Run:
 
     def _make_sample(self, name: str) -> Mapping[str, float] | None:
         """Make a sample with the averaged weights whole; all ranks do, and the first keeps it."""
-        averages = [part.averaged for part in self._parts.values()]
-        for module in averages:
-            parallel.gather(module)
-        try:
+        with ExitStack() as until:
+            for part in self._parts.values():
+                until.enter_context(part.averaged_whole())
             if parallel.rank() == 0:
                 return self._sample(self._out / name)
-            with tempfile.TemporaryDirectory() as folder:
-                return self._sample(Path(folder) / name)
-        finally:
-            for module in averages:
-                parallel.part(module)
+            return self._sample(Path(until.enter_context(tempfile.TemporaryDirectory())) / name)
 
     @contextmanager
     def _watched(self, iteration: int) -> Iterator[None]:

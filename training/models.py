@@ -179,6 +179,7 @@ def load_role(
     dtype: torch.dtype = torch.float32,
     checkpointing: bool = False,
     loras: Sequence[str] = (),
+    part: str = "model",
 ) -> Model:
     """Load a model to train or to ask; all its weights are marked as trained.
 
@@ -192,20 +193,21 @@ def load_role(
         dtype: Of its weights.
         checkpointing: Recompute each layer in backward; for Wan.
         loras: Files merged into a published checkpoint, each ``FILE`` or ``FILE:STRENGTH``.
+        part: Which part of a run, its ``model`` or its ``critic``.
 
     Raises:
         ConfigError: There is no such run, it trained adapters, or its prompts are of another width.
         CheckpointError: As ``load_student``.
     """
     if not video.is_wan:
-        return load_demo_model(Path(path)).to(device, dtype)
+        return load_demo_model(Path(path), part=part).to(device, dtype)
     if device.type == "meta":
         network, config = _sizes_alone(path, dtype)
     elif path in ARCHITECTURES:
         config = ARCHITECTURES[path]
         network = _random(config).to(device, dtype)
     elif Path(path).name == FILE:
-        network, config = _of_run(Path(path), loras)
+        network, config = _of_run(Path(path), loras, part)
         network = network.to(device, dtype)
     else:
         config = check_student(Path(path)).config
@@ -251,13 +253,13 @@ def _sizes_alone(path: str, dtype: torch.dtype) -> tuple[WanNetwork, StudentConf
     return WanNetwork(config, device="meta", dtype=dtype), config
 
 
-def _of_run(path: Path, loras: Sequence[str]) -> tuple[WanNetwork, StudentConfig]:
-    """Return the averaged weights of a run of Wan, float32."""
+def _of_run(path: Path, loras: Sequence[str], part: str) -> tuple[WanNetwork, StudentConfig]:
+    """Return the averaged weights of a part of a run of Wan, float32."""
     if loras:
         raise ConfigError(
             f"{path} is a run, and LoRAs are merged into published checkpoints; export it first."
         )
-    weights = read_averaged(path)
+    weights = read_averaged(path, name=part)
     if f"{_ROOT}blocks.0.ffn.0.weight" not in weights:
         raise ConfigError(
             f"{path} holds adapters of a model, not a model; export them, and name the checkpoint they adapt "

@@ -261,7 +261,7 @@ def _notes_in(path: Path, stamp: tuple[int, int]) -> dict[str, Any]:  # noqa: AR
 
 
 def read_averaged(path: Path, *, name: str = "model") -> dict[str, Tensor]:
-    """Return the averaged weights of one part of a run, finished or not.
+    """Return the averaged weights of one part of a run, finished or not, or the weights where none are kept.
 
     Args:
         path: ``last.pt`` in the folder of the run; it need not exist if the run left shards.
@@ -273,22 +273,20 @@ def read_averaged(path: Path, *, name: str = "model") -> dict[str, Tensor]:
     found = newest(path)
     if found is None:
         raise ConfigError(f"{path} does not exist; run the stage that writes it first.")
-    if found.is_dir():
-        averaged: dict[str, Any] = _averaged_in_shards(found, name)
-    else:
-        averaged = _read_file(found, lazily=True).get(name, {}).get("averaged", {})
-    if not averaged:
-        raise ConfigError(f"{found} holds no {name!r}.")
-    return plain(averaged)
+    state = {} if found.is_dir() else _read_file(found, lazily=True).get(name, {})
+    for kind in ("averaged", "module"):
+        held = _read_shards(found, f"{name}.{kind}.") if found.is_dir() else state.get(kind, {})
+        if weights := plain(held):
+            return weights
+    raise ConfigError(f"{found} holds no {name!r}.")
 
 
-def _averaged_in_shards(folder: Path, name: str) -> dict[str, Tensor]:
-    """Return the averaged weights in a folder of shards, whole."""
+def _read_shards(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """Return the tensors in a folder of shards whose names begin so, whole, without that beginning."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    prefix = f"{name}.averaged."
     stored = FileSystemReader(folder).read_metadata().state_dict_metadata
     whole = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)

@@ -127,13 +127,14 @@ def causal_trajectory(
         cache.close()
 
 
-def load_demo_model(path: Path) -> DemoModel:
-    """Read the averaged weights of a run; sizes come from their shapes.
+def load_demo_model(path: Path, *, part: str = "model") -> DemoModel:
+    """Read the averaged weights of a part of a run; sizes come from their shapes.
 
     Args:
         path: ``last.pt`` in the folder of the run, where one process or several wrote its state; or a student
             that ``training.export`` wrote, its words beside it; ``Path()``, an empty setting, is the embedded
             demo's.
+        part: Which part of a run, its ``model`` or its ``critic``.
 
     Raises:
         ConfigError: There is no such run, or it trained adapters.
@@ -141,7 +142,7 @@ def load_demo_model(path: Path) -> DemoModel:
     """
     if file := exported(path):
         return _read_exported(file)
-    weights = read_averaged(path)
+    weights = read_averaged(path, name=part)
     if "network.blocks.0.ffn.0.weight" not in weights:
         raise ConfigError(f"{path} holds adapters of a model, not a model; continue from the run they adapt.")
     ffn_dim, dim = weights["network.blocks.0.ffn.0.weight"].shape

@@ -66,6 +66,10 @@ def draw_captions(
     return [world.caption(sample_scene(rng), rng) for _ in range(settings.batch)], rng
 
 
+_ROLES = ("teacher_run", "student_run", "critic_run")
+"""Settings that name what the roles start from."""
+
+
 class Rollouts:
     """The segment of every piece of an iteration: of a rollout of its own, or the next of a stream."""
 
@@ -89,8 +93,10 @@ class Rollouts:
     def next(self, piece: int) -> tuple[Shown, torch.Generator]:
         """Return the segment of one piece, with a gradient if gradients are on, and a generator."""
         captions, rng = draw_captions(self.settings, piece, texts_of(self.roles.student))
-        segment = self._segment(rng)
-        clip = int(rng.choice(self.settings.clips or (self.settings.segment,)))
+        # Once for all pieces of an iteration: ranks that roll out equally far do not wait for each other.
+        shared = np.random.default_rng((self.settings.loop.seed, 8, piece // self.pieces.per_update))
+        segment = self._segment(shared)
+        clip = int(shared.choice(self.settings.clips or (self.settings.segment,)))
         seeds = rng.integers(2**62, size=2).tolist()
         if self.streams:
             stream = self.streams[piece % self.pieces.per_update // self.pieces.ranks]
@@ -169,7 +175,7 @@ def load_models(
     """Return student, teacher and critic.
 
     What is trained is float32; what adapters are trained for is bfloat16, and a critic of adapters shares its
-    weights with the teacher.
+    weights with the teacher if it starts from it.
     """
 
     def load_as(path: str, dtype: torch.dtype, **options: Any) -> Model:
@@ -183,9 +189,11 @@ def load_models(
         settings.student_run, width(settings.student), loras=settings.student_loras, **recomputed
     )
     teacher = load_as(settings.teacher_run, narrow_on(device)).requires_grad_(False)
-    if settings.critic.lora.rank and settings.video.is_wan:
+    if settings.critic_run:
+        critic = load_as(settings.critic_run, width(settings.critic), part="critic", **recomputed)
+    elif settings.critic.lora.rank and settings.video.is_wan:
         assert isinstance(teacher, WanModel)
-        critic: Model = copy.deepcopy(teacher, {id(weight): weight for weight in teacher.parameters()})
+        critic = copy.deepcopy(teacher, {id(weight): weight for weight in teacher.parameters()})
         critic.checkpointing = settings.checkpointing
     else:
         critic = load_as(settings.teacher_run, torch.float32, **recomputed)
@@ -301,9 +309,9 @@ def main(settings: DmdSettings) -> None:
     """Train the student against the teacher, and the critic against the student."""
     device = settings.loop.pick_device()
     if not settings.video.is_wan:
-        check_runs(settings.world, {"teacher_run": settings.teacher_run, "student_run": settings.student_run})
-    files = {name: getattr(settings, name) for name in ("teacher_run", "student_run", "autoencoder")}
-    texts = open_texts(settings.video, files, loras=settings.student_loras, dry_run=settings.loop.dry_run)
+        check_runs(settings.world, {name: getattr(settings, name) for name in _ROLES})
+    read = {name: getattr(settings, name) for name in (*_ROLES, "autoencoder")}
+    texts = open_texts(settings.video, read, loras=settings.student_loras, dry_run=settings.loop.dry_run)
     roles = load_roles(settings, None, device, texts)
     config, encodes = roles.student.config, settings.first_latent == "reencode"
     autoencoder = load_pictures(settings.autoencoder, settings.video, config, device=device, encodes=encodes)

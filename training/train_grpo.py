@@ -216,7 +216,8 @@ class Learner:
         choice = PREVIEW if idle else Path(settings.autoencoder)
         self.decoder = load_decoder(choice, device=where, channels=channels)
         updates = settings.loop.iterations * settings.updates
-        self.trained = Trained(self.policy.model, settings.optimiser, updates=updates)
+        narrow = self.policy.dtype == torch.bfloat16
+        self.trained = Trained(self.policy.model, settings.optimiser, updates=updates, narrow=narrow)
 
     def step(self, iteration: int) -> dict[str, float]:
         """Roll out this rank's groups and follow what those of all ranks say."""

@@ -1,7 +1,8 @@
 """A module in training: its optimisers, its averaged weights, and all that has to be saved of them."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -51,7 +52,7 @@ class OptimiserSettings:
     """Largest norm of the gradient; ``inf`` leaves it as it is."""
 
     ema: float = 0.995
-    """Decay of the averaged weights."""
+    """Decay of the averaged weights; 0 keeps none: the weights themselves are sampled and handed on."""
 
     ema_from: int = 0
     """Updates before the average begins; until then the averaged weights are the weights."""
@@ -68,7 +69,13 @@ class Trained(Generic[M]):
     """
 
     def __init__(
-        self, module: M, settings: OptimiserSettings, *, updates: int, kernels: bool = False
+        self,
+        module: M,
+        settings: OptimiserSettings,
+        *,
+        updates: int,
+        kernels: bool = False,
+        narrow: bool = True,
     ) -> None:
         """Take ``module`` for a stage of ``updates`` updates.
 
@@ -77,6 +84,7 @@ class Trained(Generic[M]):
             settings: How.
             updates: Length of the stage, for the learning rate.
             kernels: Muon moves convolution kernels too, as matrices of a row per output.
+            narrow: Losses are computed in bfloat16 where the device is a GPU.
         """
         if settings.lora.rank:
             add_adapters(module, settings.lora)
@@ -86,9 +94,11 @@ class Trained(Generic[M]):
         named = dict(module.named_parameters())
         matrices = {name for name in named if self._is_matrix(name, named[name], kernels)}
         whole = matrices | {name for name in named if not named[name].requires_grad}
-        dtype = torch.bfloat16 if next(iter(named.values())).device.type == "cuda" else None
-        parallel.shard(module, whole, dtype=dtype)
-        parallel.shard(self._averaged.module, whole, dtype=dtype)
+        # Muon's matrices stay whole in float32; samples are made without autocast, so the rest has to match.
+        device = next(iter(named.values())).device
+        dtype = torch.bfloat16 if narrow and not matrices and device.type == "cuda" else None
+        for sharded in (module, self._averaged.module) if self._averaged.apart else (module,):
+            parallel.shard(sharded, whole, dtype=dtype)
         self._optimisers = self._optimisers_of(matrices)
         parallel.gather(module)
 
@@ -125,6 +135,18 @@ class Trained(Generic[M]):
     def averaged(self) -> M:
         """The averaged weights, as a module of the same kind; whole while ``loop.run`` asks for a sample."""
         return self._averaged.module
+
+    @contextmanager
+    def averaged_whole(self) -> Iterator[None]:
+        """Have the averaged weights whole on every rank meanwhile."""
+        apart = self._averaged.apart  # else it is the module, which is whole between updates
+        if apart:
+            parallel.gather(self.averaged)
+        try:
+            yield
+        finally:
+            if apart:
+                parallel.part(self.averaged)
 
     @property
     def optimisers(self) -> list[torch.optim.Optimizer]:
