@@ -2,7 +2,9 @@
 
 import json
 import logging
+import math
 import re
+import shutil
 import signal
 from dataclasses import replace
 
@@ -81,6 +83,40 @@ def test_without_an_average_the_weights_are_what_is_sampled_saved_once_and_hande
     again.load_state_dict(saved)
     assert torch.equal(again.averaged.head.weight, trained.module.head.weight)
     assert forecast(trained, 1).averaged == 0
+
+
+def test_saves_that_stay_are_runs_of_their_own_to_go_back_to(tmp_path):
+    run_to = {"effective_batch": 8, "keep_every": 2, "log_every": 1}
+    whole = train(Recipe(loop=settings(tmp_path / "whole", **run_to)))
+    assert [path.name for path in sorted((tmp_path / "whole").glob("kept_*"))] == [
+        "kept_000002",
+        "kept_000004",
+    ]
+    back = tmp_path / "back"
+    shutil.copytree(tmp_path / "whole" / "kept_000002", back)
+    assert [json.loads(line)["iteration"] for line in (back / "log.jsonl").read_text().splitlines()] == [1, 2]
+    again = train(Recipe(loop=settings(back, **run_to)))
+    for a, b in zip(whole.module.parameters(), again.module.parameters(), strict=True):
+        assert torch.equal(a, b)
+    # What came later did not reach what was kept.
+    kept, last = (read_averaged(tmp_path / "whole" / name / "last.pt") for name in ("kept_000002", "."))
+    assert not torch.equal(kept["head.weight"], last["head.weight"])
+
+
+def test_a_line_of_the_log_is_the_mean_since_the_line_before(tmp_path):
+    trained = Trained(Toy(), OptimiserSettings(lr=0.1), updates=5)
+    waiting = {0: math.nan, 1: math.nan}
+
+    def step(iteration):
+        return {"loss": float(iteration), "late": waiting.get(iteration, 1.0)}
+
+    loop = settings(tmp_path, log_every=2)
+    run(loop, {"model": trained}, step, lambda path: None, recipe=Recipe(loop=loop))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["iteration"], line["loss"]) for line in lines] == [(2, 0.5), (4, 2.5), (5, 4.0)]
+    assert math.isnan(lines[0]["late"])
+    assert lines[1]["late"] == 1.0
+    assert all(line["peak_gigabytes"] > 0.1 for line in lines)
 
 
 def test_weights_that_are_not_finite_stop_a_run_with_all_that_led_there(tmp_path):

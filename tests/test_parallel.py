@@ -70,11 +70,13 @@ def compare(one, other):
 
 
 def test_two_ranks_train_as_one_and_one_goes_on_from_there(tmp_path):
-    codes, told = end(start(2, tmp_path / "ranks", loop={"iterations": 6, "sample_every": 3}))
+    bookkeeping = {"sample_every": 3, "keep_every": 4}
+    codes, told = end(start(2, tmp_path / "ranks", loop={"iterations": 6, **bookkeeping}))
     assert codes == [0, 0], told
-    alone(tmp_path / "whole", iterations=6, sample_every=3)
+    alone(tmp_path / "whole", iterations=6, **bookkeeping)
     assert [path.name for path in sorted((tmp_path / "ranks").glob("last*"))] == ["last-000006"]
     compare(tmp_path / "whole", tmp_path / "ranks")
+    compare(tmp_path / "whole" / "kept_000004", tmp_path / "ranks" / "kept_000004")
     for folder in ("whole", "ranks"):
         drift = float((tmp_path / folder / "sample_000006.png").read_text())
         lines = [json.loads(line) for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()]

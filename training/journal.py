@@ -4,9 +4,11 @@ import importlib
 import importlib.util
 import json
 import logging
+import math
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from training import parallel
@@ -17,6 +19,25 @@ LOG = "log.jsonl"
 """Name of the log in the folder of a run."""
 
 _WANDB_ID = "wandb_id"
+
+
+class Means:
+    """Means of numbers over some iterations; what is not a number does not count."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._seen: dict[str, list[float]] = {}
+
+    def add(self, numbers: Mapping[str, float]) -> None:
+        """Take the numbers of one iteration, which has the same ones as the others."""
+        for name, number in numbers.items():
+            self._seen.setdefault(name, []).extend([] if math.isnan(number) else [number])
+
+    def take(self) -> dict[str, float]:
+        """Return the means, NaN where there were none, and begin anew."""
+        means = {name: fmean(seen) if seen else math.nan for name, seen in self._seen.items()}
+        self._seen = {}
+        return means
 
 
 class Journal:

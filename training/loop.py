@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sfpp_core.machine import peak_memory
 from training import parallel
 from training.config import ConfigError, defaults, flatten
 from training.dry_run import Plan, report
-from training.journal import Journal, read_pace
+from training.journal import Journal, Means, read_pace
 from training.parallel import Pieces
 from training.state import Saver
 from training.trained import NotFiniteError, OptimiserSettings, Trained
@@ -48,9 +49,6 @@ Sample = Callable[[Path], Mapping[str, float] | None]
 """Writes a sample sheet to a path, and videos beside it; may return numbers measured on them, which are
 logged. Called by every rank alike."""
 
-LOG_EVERY = 20
-"""Updates between lines of the log."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopSettings:
@@ -69,7 +67,14 @@ class LoopSettings:
     """Clips per update over all ranks, by accumulation where they do not fit; 0 is one batch."""
 
     save_seconds: float = 60.0
-    """Seconds between saves."""
+    """Seconds between saves; each replaces the one before."""
+
+    keep_every: int = 0
+    """Iterations between saves that stay, as ``kept_000500`` in the folder, to go back to: each is a run of
+    its own for ``export`` and for later stages. 0 keeps the newest alone."""
+
+    log_every: int = 20
+    """Iterations between lines of the log: the mean of each number since the line before."""
 
     sample_every: int = 500
     """Updates between sample sheets."""
@@ -96,6 +101,9 @@ class LoopSettings:
     """For a dry run's forecast of the time; 0 takes it from the log of an earlier run in ``out``."""
 
     def __post_init__(self) -> None:
+        for name, least in (("keep_every", 0), ("log_every", 1), ("sample_every", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"loop.{name} is {getattr(self, name)}; it must be {least} or more.")
         if not self.sample_seconds or min(self.sample_seconds) <= 0:
             raise ConfigError(
                 f"loop.sample_seconds is {list(self.sample_seconds)}; give lengths above 0, e.g. [5, 60]."
@@ -214,6 +222,7 @@ class _Run:
         self._start, seconds = self._saver.resume(self._recipe, kept(defaults(type(recipe))))
         self._began = time.monotonic() - seconds
         self._saved = time.monotonic()
+        self._means = Means()
 
     def go(self, step: Step) -> None:
         """Run from the saved update to the last."""
@@ -248,24 +257,33 @@ class _Run:
     ) -> bool:
         """Log, save and sample what is due after ``done`` updates; return whether to stop."""
         settings, last = self._settings, done == self._settings.iterations
+        keep = bool(settings.keep_every) and done % settings.keep_every == 0
         due = time.monotonic() - self._saved > settings.save_seconds
         stop, due = parallel.agree(stopped, due)
-        if done % LOG_EVERY == 0 or last:
-            numbers = parallel.mean(numbers)
+        self._means.add(numbers)
+        if done % settings.log_every == 0 or last:
+            numbers = parallel.mean({**self._means.take(), "peak_gigabytes": self._peak() / 1e9})
             bar.set_postfix({name: f"{number:.4f}" for name, number in numbers.items()})
             journal.write(done, {"seconds": time.monotonic() - self._began, **numbers})
         self._saver.poll()
-        if due or stop or last:
+        if due or keep or stop or last:
             seconds = time.monotonic() - self._began
             self._saver.save({"done": done, "seconds": seconds, "recipe": self._recipe})
             self._saved = time.monotonic()
-        if stop or last:
+        if keep or stop or last:
             self._saver.finish()
+        if keep and parallel.rank() == 0:
+            self._saver.keep()
         if done % settings.sample_every == 0 or last:
             measured = self._make_sample(f"sample_{done:06d}.png")
             if measured:
                 journal.write(done, measured)
         return stop and not last
+
+    def _peak(self) -> int:
+        """Return the most bytes held so far: by the GPU's allocator, else by the process."""
+        device = next(next(iter(self._parts.values())).module.parameters()).device
+        return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory() or 0
 
     def _make_sample(self, name: str) -> Mapping[str, float] | None:
         """Make a sample with the averaged weights whole; all ranks do, and the first keeps it."""
@@ -302,8 +320,8 @@ class _Run:
 _MAY_CHANGE = {
     f"loop.{name}"
     for name in (
-        "iterations", "threads", "device", "save_seconds", "sample_every", "sample_seconds", "out",
-        "tensorboard", "wandb", "dry_run", "seconds_per_update",
+        "iterations", "threads", "device", "save_seconds", "keep_every", "log_every", "sample_every",
+        "sample_seconds", "out", "tensorboard", "wandb", "dry_run", "seconds_per_update",
     )
 } | {"video.teraflops", "video.sample_prompts"}  # fmt: skip
 """Settings that may differ when a run is continued."""

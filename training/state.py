@@ -24,11 +24,13 @@ from torch import Tensor
 
 from sfpp_core import demo
 from sfpp_core.config import RolloutSettings, from_table
+from sfpp_core.durable import share_file
 from sfpp_core.inspection import inspect
 from training import parallel
 from training.averaging import plain
 from training.config import ConfigError
 from training.digests import stamp
+from training.journal import LOG
 from training.trained import Trained
 
 logger = logging.getLogger(__name__)
@@ -144,6 +146,22 @@ class Saver:
         copied = _copied(state)
         future = async_save(copied, checkpoint_id=partial, process_group=self._group)
         self._pending = cast("Future[Any]", future), final
+
+    def keep(self) -> None:
+        """Let the newest save stay, with the log so far, in a folder that later saves leave alone."""
+        assert self.saved is not None
+        done, path = self.saved
+        final = self._out / f"kept_{done:06d}"
+        partial = final.with_suffix(_PARTIAL)
+        shutil.rmtree(partial, ignore_errors=True)
+        for file in [path] if path.is_file() else sorted(path.iterdir()):
+            place = partial / file.relative_to(self._out)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            share_file(file, place)
+        if (log := self._out / LOG).exists():
+            shutil.copy(log, partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
 
     def poll(self) -> None:
         """Put what is completely written in the place of what was there before."""

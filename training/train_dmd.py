@@ -20,7 +20,6 @@ from torch import nn
 
 from sfpp_core.geometry import VideoGeometry
 from sfpp_core.kv_cache import CacheShape
-from sfpp_core.machine import peak_memory
 from sfpp_core.noise import ChunkNoise
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
 from training import parallel
@@ -278,13 +277,6 @@ def plan_of(settings: DmdSettings, roles: Matching, pieces: Pieces) -> Plan:
     )
 
 
-def peak(device: torch.device) -> int:
-    """Return the most bytes held so far: by the GPU's allocator, else by the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return peak_memory() or 0
-
-
 def samples_of(
     model: Model,
     autoencoder: TinyAutoencoder | WanPictures | None,
@@ -345,7 +337,7 @@ def main(settings: DmdSettings) -> None:
             losses = (Loss(roles.critic_loss(shown, generator), batch=shown) for shown, generator in made)
             learnt = descend(critic, losses, iteration * repeats + repeat, count=pieces.per_rank)
             seen["critic"] = learnt["loss"]
-        return {**seen, "peak_gigabytes": peak(device) / 1e9}
+        return dict(seen)
 
     def sample(path: Path) -> Mapping[str, float] | None:
         return samples_of(student.averaged, autoencoder, settings, path, device=device)
