@@ -287,12 +287,13 @@ def test_every_command_of_the_readme_runs_at_small_size(wan, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     parts = re.findall(r"```sh\n(.*?)```", (CONFIGS.parent / "README.md").read_text(), re.DOTALL)
     lines = [line for part in parts for line in part.splitlines() if "wan_" in line or "plus" in line]
-    assert len(lines) == 13
+    assert len(lines) == 18
     for line in lines:
         words = shlex.split(line)
         _, name, *rest = words[words.index("-m") :]
         if name == "sfpp_core":
-            assert cli.main(rest) == 0
+            small = ["--seconds", "1", "--width", "48", "--height", "32"] if rest[0] == "generate" else []
+            assert cli.main([*rest, *small]) == 0
             continue
         stage = importlib.import_module(name)
         kind = next(getattr(stage, kind) for kind in KINDS if hasattr(stage, kind))
@@ -303,7 +304,10 @@ def test_every_command_of_the_readme_runs_at_small_size(wan, tmp_path, monkeypat
             changed += ["loop.tensorboard=false", "loop.device=cpu"]
         stage.main(load(kind, [*rest, *changed], stage=name))
     assert inspect(tmp_path / "plus.safetensors").stage == "self-forcing++"
-    assert inspect(tmp_path / "plus_lora.safetensors").kind == "adapter"
+    for name in ("plus_lora", "steady_lora"):
+        assert inspect(tmp_path / f"{name}.safetensors").kind == "adapter"
+    for name in ("plus", "plus_lora"):
+        assert (tmp_path / f"{name}.mp4").stat().st_size > 1000
 
 
 KINDS = ("EncodeSettings", "PairSettings", "OdeSettings", "DmdSettings", "GrpoSettings", "ExportSettings")
@@ -323,10 +327,10 @@ def test_the_negative_prompt_is_that_of_wan(tmp_path):
         (
             "wan_1_3b_8gpu",
             8,
-            ["(1, 16, 21, 60, 104)", "in all 50.6 GB", "effective batch 8: 8 ranks x 1 pieces"],
+            ["(1, 16, 21, 60, 104)", "in all 51.6 GB", "effective batch 8: 8 ranks x 1 pieces"],
         ),
-        ("wan_1_3b_1gpu", 1, ["1,418,996,800 of them trained", "18 + 21: 11.2 GB", "22.2 hours"]),
-        ("wan_1_3b_lora_24gb", 1, ["87,490,560 of them trained", "9 + 21: 3.98 GB", "in all 16.5 GB"]),
+        ("wan_1_3b_1gpu", 1, ["18 + 21: 11.2 GB", "latent frame: 4.56 GB", "in all 81.8 GB", "22.2 hours"]),
+        ("wan_1_3b_lora_24gb", 1, ["87,490,560 of them trained", "9 + 21: 3.98 GB", "in all 16.1 GB"]),
     ],
 )
 def test_a_dry_run_of_full_size_needs_no_weights(name, ranks, words, tmp_path, caplog, monkeypatch):

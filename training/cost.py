@@ -85,6 +85,42 @@ def regression_operations(
     return geometry.chunks * (2 + (3 if checkpointing else 2)) * chunk
 
 
+def reinforcement_operations(
+    config: StudentConfig,
+    geometry: VideoGeometry,
+    rollout: RolloutSettings,
+    *,
+    videos: int,
+    chunks: int,
+    weighed: int,
+    updates: int,
+    near: bool,
+    checkpointing: bool,
+) -> dict[str, float]:
+    """Return the operations of an iteration of reinforcement, decoding and optical flow left out.
+
+    Args:
+        config: Architecture.
+        geometry: Of one chunk.
+        rollout: How the student is rolled out.
+        videos: Rollouts of one rank.
+        chunks: Of each.
+        weighed: Actions of each that an update looks at.
+        updates: On these rollouts.
+        near: Whether the student at the start is asked as well.
+        checkpointing: Whether layers are computed again in backward.
+    """
+    tokens = geometry.tokens_per_latent_frame
+    chunk = forward_operations(config, tokens * rollout.chunk, tokens * rollout.window)
+    remembered = chunks - 1  # at most: up to the last chunk an update looks at
+    learnt = remembered + weighed * (4 if checkpointing else 3)
+    asked = remembered + weighed if near else 0
+    return {
+        "rollouts": videos * chunks * (rollout.steps + 1) * chunk,
+        "learning": updates * videos * (learnt + asked) * chunk,
+    }
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatchingCost:
     """One rollout of distribution matching and what is learnt from it."""

@@ -41,7 +41,7 @@ from training.segments import BackwardNoise, Segment, draw_segment
 from training.streaming import Stream, StreamLaw
 from training.texts import Texts
 from training.trained import Trained
-from training.wan_sheets import WanPictures, load_pictures, roll_wan_samples
+from training.wan_sheets import WanPictures, load_pictures, picture_bytes, roll_wan_samples
 from training.world import sample_scene
 from training.worlds import check_runs, world_called
 
@@ -263,6 +263,10 @@ def plan_of(settings: DmdSettings, roles: Matching, pieces: Pieces) -> Plan:
     critics = {id(weight) for weight in critic.parameters()}
     asked = cast(nn.Module, roles.teacher).parameters()
     teacher = sum(weight.nbytes for weight in asked if id(weight) not in critics)
+    pictures = {}
+    if settings.video.is_wan and settings.first_latent == "reencode":
+        size_of = picture_bytes(settings.autoencoder, settings.video, config)
+        pictures["the autoencoder at a segment's first latent frame"] = settings.batch * size_of
     return Plan(
         pieces=pieces,
         shapes={"segment": (settings.batch, config.channels, size, *geometry.chunk_shape[1:])},
@@ -270,6 +274,7 @@ def plan_of(settings: DmdSettings, roles: Matching, pieces: Pieces) -> Plan:
             "teacher, unless the critic holds its weights": teacher,
             COPIES: copies_of(roles.student, pieces.ranks) + copies_of(critic, pieces.ranks),
             **cost.held(),
+            **pictures,
         },
         operations={name: pieces.per_rank * number for name, number in cost.parts().items()},
         narrow=settings.video.is_wan,

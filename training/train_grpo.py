@@ -28,6 +28,7 @@ from sfpp_core.kv_cache import CacheShape
 from sfpp_core.student import CausalStudent
 from training import parallel
 from training.config import load
+from training.cost import held, reinforcement_operations
 from training.exam import examine, papers
 from training.grpo_settings import GrpoSettings
 from training.inputs import open_texts
@@ -130,6 +131,13 @@ class Policy:
         geometry = geometry_of(settings.video, self.model.config, chunk=chunk, frames=frames)
         self.shape = CacheShape.of(self.model.config, geometry, settings.rollout)
         self.chunk_shape = (self.model.config.channels, *geometry.chunk_shape)
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the student at the start that the one in training does not share."""
+        shared = {id(weight) for weight in self.model.parameters()}
+        copied = self.reference.parameters() if self.reference is not None else ()
+        return sum(weight.nbytes for weight in copied if id(weight) not in shared)
 
     def bind(self, model: Model, captions: Sequence[str]) -> Mixed:
         """Return ``model`` bound to one caption per video."""
@@ -323,20 +331,34 @@ class Learner:
         at_once = settings.at_once or settings.group
         estimates_kept = policy.chunks * settings.rollout.steps * math.prod(policy.chunk_shape)
         groups = settings.prompts // parallel.launched()
+        config, size = policy.model.config, settings.rollout.chunk
+        acting, cached = 1 if policy.reference is None else 2, policy.dtype.itemsize * policy.shape.numbers
+        chunk = geometry_of(settings.video, config, chunk=size, frames=VideoGeometry.frames_of(size))
         return Plan(
             pieces=Pieces(batch=settings.group, effective=settings.prompts * settings.group),
             shapes={
-                "videos at once": (
-                    at_once,
-                    policy.model.config.channels,
-                    settings.latent_frames,
-                    *policy.chunk_shape[2:],
-                )
+                "videos at once": (at_once, config.channels, settings.latent_frames, *policy.chunk_shape[2:])
             },
             held={
                 "the rollouts' estimates": 4 * groups * settings.group * estimates_kept,
-                "keys and values": at_once * policy.dtype.itemsize * policy.shape.numbers,
+                "a copy of the student at the start": policy.copied_bytes,
+                "keys and values of rollouts": acting * at_once * cached,
+                **held(config, chunk, batch=at_once, checkpointing=settings.checkpointing),
             },
+            operations=reinforcement_operations(
+                config,
+                chunk,
+                settings.rollout,
+                videos=groups * settings.group,
+                chunks=policy.chunks,
+                weighed=max(1, round(settings.chunk_share * policy.chunks))
+                * max(1, round(settings.step_share * (settings.rollout.steps - 1))),
+                updates=settings.updates,
+                near=policy.reference is not None,
+                checkpointing=settings.checkpointing,
+            ),
+            narrow=policy.dtype == torch.bfloat16,
+            teraflops=settings.video.teraflops,
         )
 
     def _frames(self, trace: Trace) -> Iterator[Tensor]:

@@ -13,16 +13,34 @@ from torch.nn import functional
 
 from sfpp_core.attention import sdpa
 from sfpp_core.config import RolloutSettings, StudentConfig
-from sfpp_core.decoder import StreamingDecoder, StreamingEncoder, check_decoder, load_decoder, load_encoder
+from sfpp_core.decoder import (
+    DecoderInfo,
+    StreamingDecoder,
+    StreamingEncoder,
+    check_decoder,
+    load_decoder,
+    load_encoder,
+)
+from sfpp_core.decoder_memory import decoder_bytes
 from sfpp_core.geometry import frames_in
+from sfpp_core.latent_space import WAN_2_1, WAN_2_2
 from sfpp_core.sampler import LongSampler
 from sfpp_core.student import CausalStudent
 from sfpp_core.tiny_autoencoder import TinyAutoencoder
+from sfpp_core.wan_autoencoder import WanSizes, weight_bytes
 from training.models import VideoSettings, WanModel, geometry_of, space_of, texts_of
 from training.precision import narrow_on, region
 from training.samples import in_bytes, keep_samples
 
 logger = logging.getLogger(__name__)
+
+_PUBLISHED = {
+    sizes.space.channels: sizes
+    for sizes in (
+        WanSizes(space=WAN_2_1, encoder_width=96, decoder_width=96),
+        WanSizes(space=WAN_2_2, encoder_width=160, decoder_width=256),
+    )
+}
 
 SIDE = 208
 """Pixels of the longer side of a sample, at most."""
@@ -93,6 +111,28 @@ def load_pictures(
     if device.type == "meta":
         return None
     return WanPictures.load(choice, config, device=device, encodes=encodes)
+
+
+def picture_bytes(choice: str, video: VideoSettings, config: StudentConfig) -> int:
+    """Return the bytes an autoencoder holds on a GPU while it makes a picture of a latent frame.
+
+    Args:
+        choice: Its file; one that is not there yet is taken for Wan's own.
+        video: Size of the videos.
+        config: The student, whose latents they are.
+
+    Raises:
+        CheckpointError: As ``check_decoder``.
+        SettingsError: As ``check_decoder``.
+    """
+    sizes = _PUBLISHED.get(config.channels, _PUBLISHED[WAN_2_1.channels])
+    if Path(choice).exists():
+        info = check_decoder(choice, channels=config.channels)
+    else:
+        info = DecoderInfo(space=sizes.space, in_words="", sizes=sizes)
+    at_work = decoder_bytes(info, width=video.width, height=video.height, dtype=torch.bfloat16)
+    sizes = info.sizes if isinstance(info.sizes, WanSizes) else sizes
+    return at_work + weight_bytes(sizes, "encoder", torch.bfloat16)
 
 
 @torch.inference_mode()
