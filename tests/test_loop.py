@@ -62,6 +62,18 @@ def test_the_average_begins_when_it_is_told_to():
     assert not trained.averaged.head.weight.requires_grad
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"betas": (0.9,)}, r"betas is \[0.9\]; it must be two numbers"),
+        ({"ema": 1.0}, "ema is 1.0; it must be from 0"),
+    ],
+)
+def test_impossible_optimisers_are_refused(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        OptimiserSettings(lr=0.1, **wrong)
+
+
 def test_without_an_average_the_weights_are_what_is_sampled_saved_once_and_handed_on(tmp_path):
     trained = Trained(Toy(), OptimiserSettings(lr=0.1, ema=0.0), updates=3)
     assert trained.averaged is trained.module

@@ -157,18 +157,23 @@ class Inner:
 class Outer:
     name: str
     rate: float = 1.0
+    levels: tuple[float, ...] = ()
     inner: Inner = field(default_factory=Inner)
 
 
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"name": "x", "nmae": 1}, r"f: unknown key 'nmae'; known keys: inner, name, rate"),
+        ({"name": "x", "nmae": 1}, r"f: unknown key 'nmae'; known keys: inner, levels, name, rate"),
         ({}, "f: key 'name' is required"),
         ({"name": "x", "inner": {"sise": 1}}, r"f:\[inner\]: unknown key 'sise'"),
         ({"name": "x", "inner": 3}, "'inner' must be a table, got 3"),
         ({"name": "x", "rate": "fast"}, "f: rate is 'fast'; it must be of type float"),
         ({"name": "x", "inner": {"size": True}}, "size is True; it must be of type int"),
+        (
+            {"name": "x", "levels": [0.5, "a"]},
+            "f: levels, an element of it, is 'a'; it must be of type float",
+        ),
     ],
 )
 def test_wrong_settings_are_refused(table, message):
@@ -179,8 +184,11 @@ def test_wrong_settings_are_refused(table, message):
 def test_overrides_reach_nested_settings(tmp_path):
     path = tmp_path / "a.toml"
     path.write_text('name = "x"\n')
-    settings = load(Outer, [str(path), "inner.size=7", "name=hello world", "rate=2"], stage="test")
-    assert settings == Outer(name="hello world", rate=2.0, inner=Inner(size=7))
+    words = ["inner.size=7", "name=hello world", "rate=2", "levels=[1, 0.5]"]
+    settings = load(Outer, [str(path), *words], stage="test")
+    assert settings == Outer(name="hello world", rate=2.0, levels=(1.0, 0.5), inner=Inner(size=7))
+    with pytest.raises(ConfigError, match=r"override 'name.x=3': 'name' is no section, its value is 'x'"):
+        load(Outer, [str(path), "name.x=3"], stage="test")
     with pytest.raises(ConfigError, match="has no '='"):
         load(Outer, [str(path), "rate"], stage="test")
     with pytest.raises(ConfigError, match="does not exist"):

@@ -124,6 +124,8 @@ def override(table: dict[str, Any], argument: str) -> None:
     *sections, key = name.split(".")
     for section in sections:
         table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"override {argument!r}: {section!r} is no section, its value is {table!r}.")
     try:
         table[key] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -157,7 +159,7 @@ def _typed(hint: Any, value: Any, *, where: str) -> Any:
     if isinstance(value, str) and Path in (hint, *get_args(hint)):
         return Path(value)
     if isinstance(value, list) and get_origin(hint) is tuple:
-        return tuple(value)
+        return tuple(_typed(get_args(hint)[0], one, where=f"{where}, an element of it,") for one in value)
     if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
         raise ConfigError(f"{where} is {value!r}; it must be of type {hint.__name__}.")
     return value

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from training import parallel
 from training.adapters import LoraSettings, add_adapters
 from training.averaging import Averaged, restore
+from training.config import ConfigError
 from training.muon import Muon
 
 M = TypeVar("M", bound=nn.Module)
@@ -59,6 +60,14 @@ class OptimiserSettings:
 
     lora: LoraSettings = field(default_factory=LoraSettings)
     """Adapters to train in place of the weights."""
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(
+                f"betas is {list(self.betas)}; it must be two numbers from 0 to below 1, e.g. [0, 0.99]."
+            )
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"ema is {self.ema}; it must be from 0, which keeps no average, to below 1.")
 
 
 class Trained(Generic[M]):
