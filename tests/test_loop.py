@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +61,26 @@ def test_the_average_begins_when_it_is_told_to():
         expected = 0.9 * expected + 0.1 * later
     torch.testing.assert_close(trained.averaged.head.weight, expected)
     assert not trained.averaged.head.weight.requires_grad
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what is mapped")
+def test_a_state_that_is_read_piece_by_piece_is_let_go_before_the_first_update(tmp_path, monkeypatch):
+    mapped = []
+
+    def train_to(iterations):
+        trained = Trained(Toy(), OptimiserSettings(lr=0.1), updates=6)
+
+        def step(iteration):
+            mapped.append("last.pt" in Path("/proc/self/maps").read_text())
+            return descend(trained, [Loss(error_of(trained.module, torch.ones(2, 6)))], iteration, count=1)
+
+        loop = settings(tmp_path, iterations=iterations)
+        run(loop, {"model": trained}, step, lambda path: None, recipe=Recipe(loop=loop))
+
+    train_to(2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # as where main memory is the scarcer one
+    train_to(4)
+    assert mapped == [False] * 4
 
 
 @pytest.mark.parametrize(

@@ -251,6 +251,10 @@ class Trained(Generic[M]):
         self._averaged.load_state_dict(fitted["averaged"])
         for optimiser, saved in zip(self.optimisers, fitted["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
+            for held in optimiser.state.values():
+                # What stays in main memory may be a mapped file, which nothing shall keep on the disk.
+                on_host = {name: value for name, value in held.items() if value.device.type == "cpu"}
+                held.update({name: value.clone() for name, value in on_host.items()})
         parallel.gather(self.module)
 
     def own_state(self) -> dict[str, Any]:
