@@ -306,7 +306,10 @@ def main(settings: DmdSettings) -> None:
     """Train the student against the teacher, and the critic against the student."""
     device = settings.loop.pick_device()
     if not settings.video.is_wan:
-        check_runs(settings.world, {name: getattr(settings, name) for name in _ROLES})
+        starts = {name: getattr(settings, name) for name in _ROLES}
+        if not settings.critic_run:
+            starts.pop("critic_run")  # empty is the teacher, checked already, and not the embedded demo
+        check_runs(settings.world, starts)
     read = {name: getattr(settings, name) for name in (*_ROLES, "autoencoder")}
     texts = open_texts(settings.video, read, loras=settings.student_loras, dry_run=settings.loop.dry_run)
     roles = load_roles(settings, None, device, texts)
