@@ -221,7 +221,7 @@ def test_the_overall_weights_reach_both_losses(runs, tmp_path):
         ("opening=-1", "opening is -1.0; it must be 0 or more"),
         (["scores=bidirectional", "opening=2"], "opening is 2.0, and bidirectional scores judge a segment"),
         ("overlap=6", "overlap is 6; it must be below the segment, 6"),
-        ("beta=[1]", "beta is \\[1\\]; it must be two numbers above 0"),
+        ("beta=[1]", "beta is \\[1.0\\]; it must be two numbers above 0"),
         ("past=true clips", "past is 'true clips'; use one of own, data"),
         ("latents=x", "latents is x, and past is 'own', which reads no clips; set past to 'data'"),
         (["past=data", "horizon=6"], "past is 'data', and latents is empty; name the file of clips"),

@@ -306,10 +306,9 @@ def main(settings: DmdSettings) -> None:
     """Train the student against the teacher, and the critic against the student."""
     device = settings.loop.pick_device()
     if not settings.video.is_wan:
-        starts = {name: getattr(settings, name) for name in _ROLES}
-        if not settings.critic_run:
-            starts.pop("critic_run")  # empty is the teacher, checked already, and not the embedded demo
-        check_runs(settings.world, starts)
+        # Without a critic_run the critic is the teacher's; an empty name would be the embedded demo.
+        named = [name for name in _ROLES if name != "critic_run" or settings.critic_run]
+        check_runs(settings.world, {name: getattr(settings, name) for name in named})
     read = {name: getattr(settings, name) for name in (*_ROLES, "autoencoder")}
     texts = open_texts(settings.video, read, loras=settings.student_loras, dry_run=settings.loop.dry_run)
     roles = load_roles(settings, None, device, texts)
