@@ -3,7 +3,7 @@
 import json
 import os
 import subprocess
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import layouts
@@ -103,6 +103,13 @@ def test_core_rolls_our_student_out_as_we_do(core, tmp_path):
     rolled_out_alike(core, model, tmp_path, tolerance=1e-5)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentRecipe(Recipe):
+    """Settings of a run that trains a student, which say how it is rolled out."""
+
+    rollout: RolloutSettings = SETTINGS
+
+
 def trained(out, optimiser):
     """Train a model of Wan's names for three updates and leave its run in ``out``."""
     model = DemoModel(CONFIG)
@@ -115,16 +122,14 @@ def trained(out, optimiser):
         return descend(part, [Loss((velocity - 1).square().mean())], iteration, count=1)
 
     loop = LoopSettings(out=str(out), iterations=3, device="cpu", tensorboard=False)
-    run(loop, {"model": part}, step, lambda path: None, recipe=Recipe(loop=loop, optimiser=optimiser))
+    recipe = StudentRecipe(loop=loop, optimiser=optimiser)
+    run(loop, {"model": part}, step, lambda path: None, recipe=recipe)
     return part
 
 
 def test_core_rolls_a_student_out_that_was_trained_and_exported(core, tmp_path):
     trained(tmp_path / "run", OptimiserSettings(lr=1e-3, warmup=1))
-    settings = ExportSettings(
-        run=str(tmp_path / "run"), stage="test", out=str(tmp_path / "demo"), rollout=SETTINGS
-    )
-    export.main(settings)
+    export.main(ExportSettings(run=str(tmp_path / "run"), stage="test", out=str(tmp_path / "demo")))
     # Of a file in half precision core computes in float32 what the package does.
     rolled_out_alike(core, tmp_path / "demo" / demo.STUDENT, tmp_path, tolerance=1e-3)
 
