@@ -7,7 +7,7 @@ import tiny
 import torch
 from tiny_runs import autoencoder
 
-from sfpp_core.kv_cache import CacheShape, RollingKVCache
+from sfpp_core.kv_cache import RollingKVCache
 from sfpp_core.noise import ChunkNoise
 from sfpp_core.rollout import rollout
 from sfpp_core.schedule import FewStepSchedule
@@ -20,14 +20,7 @@ from training.train_dmd import park
 
 LEVELS = Levels(shift=5.0, least=0.43, largest=0.98)
 SCHEDULE = FewStepSchedule.uniform(4)
-SHAPE = CacheShape(
-    layers=tiny.CONFIG.layers,
-    heads=tiny.CONFIG.heads,
-    head_dim=tiny.CONFIG.head_dim,
-    tokens_per_chunk=18,
-    latent_frames_per_chunk=3,
-    window=7,
-)
+SHAPE = tiny.cache_shape(7)
 TEXTS = {"red": 3, "blue": 4, "": 5}
 
 

@@ -9,7 +9,7 @@ import torch
 
 from sfpp_core.config import RolloutSettings
 from sfpp_core.geometry import VideoGeometry
-from sfpp_core.kv_cache import CacheShape, RollingKVCache
+from sfpp_core.kv_cache import RollingKVCache
 from sfpp_core.noise import ChunkNoise
 from sfpp_core.rollout import rollout
 from sfpp_core.sampler import LongSampler
@@ -19,14 +19,7 @@ from training.segments import Segment, draw_segment, roll_segment
 from training.streaming import Stream, StreamLaw
 
 LIKE = torch.zeros(2, 16, 3, 4, 6)
-SHAPE = CacheShape(
-    layers=tiny.CONFIG.layers,
-    heads=tiny.CONFIG.heads,
-    head_dim=tiny.CONFIG.head_dim,
-    tokens_per_chunk=18,
-    latent_frames_per_chunk=3,
-    window=3,
-)
+SHAPE = tiny.cache_shape(3)
 SCHEDULE = FewStepSchedule.uniform(4)
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from sfpp_core.config import StudentConfig
+from sfpp_core.kv_cache import CacheShape
 from sfpp_core.network import WanNetwork, initialise
 from sfpp_core.student import CausalStudent
 
@@ -23,6 +24,18 @@ def network(config=CONFIG, *, seed=0, dtype=torch.float32):
 def student(config=CONFIG, **options):
     """Return an unbound student of random weights."""
     return CausalStudent(network(config), config, **options)
+
+
+def cache_shape(window):
+    """Return the size of a cache of ``window`` chunks of clips of 4x6 latent cells."""
+    return CacheShape(
+        layers=CONFIG.layers,
+        heads=CONFIG.heads,
+        head_dim=CONFIG.head_dim,
+        tokens_per_chunk=18,
+        latent_frames_per_chunk=3,
+        window=window,
+    )
 
 
 def text(config=CONFIG, *, batch=1, seed=3):
