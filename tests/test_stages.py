@@ -73,11 +73,12 @@ def test_all_stages_lead_from_nothing_to_a_demo_that_generates(tmp_path):
 def test_pairs_made_otherwise_are_told_apart(tmp_path):
     settings = make_ode_pairs.PairSettings(teacher=str(tmp_path / "t"), out=str(tmp_path), source="causal")
     (tmp_path / "t").write_bytes(b"one teacher")
-    first = make_ode_pairs.identity(settings, 0)
+    first = make_ode_pairs.identity(settings, 0, teacher=make_ode_pairs.digest_of(settings.teacher))
     path = tmp_path / "pairs_00000.safetensors"
     save_file({"states": torch.zeros(1)}, path, metadata=first)
     make_ode_pairs.check_made(path, first)
     (tmp_path / "t").write_bytes(b"another teacher")
+    another = make_ode_pairs.digest_of(settings.teacher)
     with pytest.raises(ConfigError, match=r"pairs_00000\.safetensors was made with another teacher;"):
-        make_ode_pairs.check_made(path, make_ode_pairs.identity(settings, 0))
-    assert make_ode_pairs.identity(settings, 1)["captions"] != first["captions"]
+        make_ode_pairs.check_made(path, make_ode_pairs.identity(settings, 0, teacher=another))
+    assert make_ode_pairs.identity(settings, 1, teacher=another)["captions"] != first["captions"]

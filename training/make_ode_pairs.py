@@ -125,8 +125,10 @@ def make_batch(teacher: Model, settings: PairSettings, batch: int) -> Tensor:
     return states.half().cpu()
 
 
-def identity(settings: PairSettings, batch: int, texts: Texts | None = None) -> dict[str, str]:
-    """Return all that one file of pairs follows from."""
+def identity(
+    settings: PairSettings, batch: int, texts: Texts | None = None, *, teacher: str
+) -> dict[str, str]:
+    """Return all that one file of pairs follows from, given the ``digest_of`` its teacher."""
     skipped = ["out", "pairs", "threads"] + ([] if settings.video.is_wan else ["video"])
     if settings.world == STANDARD.name:
         skipped.append("world")  # as before there were others: pairs that exist stay good
@@ -135,8 +137,7 @@ def identity(settings: PairSettings, batch: int, texts: Texts | None = None) -> 
     if settings.video.is_wan:
         recipe["video"] = {name: recipe["video"][name] for name in ("height", "width")}
     captions = captions_of(settings, batch, texts)
-    told = {**recipe, "teacher": digest_of(settings.teacher)}
-    return {"recipe": json.dumps(told), "captions": json.dumps(captions)}
+    return {"recipe": json.dumps({**recipe, "teacher": teacher}), "captions": json.dumps(captions)}
 
 
 def digest_of(teacher: str) -> str:
@@ -182,9 +183,12 @@ def main(settings: PairSettings) -> None:
     texts = open_texts(settings.video, {"teacher": settings.teacher})
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    absent = []
+    absent, weights = [], digest_of(settings.teacher)
     for batch in range(parallel.rank(), -(-settings.pairs // settings.batch), parallel.ranks()):
-        path, wanted = out / f"pairs_{batch:05d}.safetensors", identity(settings, batch, texts)
+        path, wanted = (
+            out / f"pairs_{batch:05d}.safetensors",
+            identity(settings, batch, texts, teacher=weights),
+        )
         if path.exists():
             check_made(path, wanted)
         else:
