@@ -226,7 +226,7 @@ def test_a_video_of_wan_has_no_world(kind):
 
 def test_pairs_of_the_standard_world_keep_what_they_were_made_with(tmp_path):
     settings = PairSettings(teacher="t", out=str(tmp_path), source="causal", batch=2)
-    plain, hard = identity(settings, 0), identity(replace(settings, world="hard"), 0)
+    plain, hard = (identity(one, 0, teacher="t") for one in (settings, replace(settings, world="hard")))
     assert '"world"' not in plain["recipe"] and '"world": "hard"' in hard["recipe"]
     assert plain["captions"] != hard["captions"]
 
