@@ -179,7 +179,7 @@ def run(
     sample: Sample,
     *,
     recipe: Any,
-    plan: Plan | None = None,
+    plan: Callable[[], Plan] = Plan,
 ) -> None:
     """Run the iterations of one stage.
 
@@ -192,7 +192,7 @@ def run(
         step: Makes the update of one iteration; draws its batch from the iteration.
         sample: Writes a sample sheet.
         recipe: The dataclass of all settings of the stage; a run is continued only with the same ones.
-        plan: What a dry run tells of the stage beside its parts.
+        plan: Works out what a dry run tells of the stage beside its parts; other runs do not ask.
 
     Raises:
         ConfigError: The folder holds a run with other settings.
@@ -202,7 +202,7 @@ def run(
     if settings.dry_run:
         pace = settings.seconds_per_update or read_pace(Path(settings.out))
         ranks = parallel.launched()
-        lines = report(parts, plan or Plan(), ranks=ranks, iterations=settings.iterations, pace=pace)
+        lines = report(parts, plan(), ranks=ranks, iterations=settings.iterations, pace=pace)
         logger.info("%s", "\n".join(lines))
         return
     _Run(settings, parts, sample, recipe).go(step)

@@ -10,6 +10,7 @@ Legend: B clips, F frames, C channels, T latent frames, H and W pixels, h and w 
 import logging
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -212,7 +213,7 @@ def main(settings: Settings) -> Path | None:
         write_sheet(page, path)
         return {"psnr": psnr}
 
-    plan = Plan(pieces=pieces, shapes={"clips": (settings.clips, settings.frames, 3, SIZE, SIZE)})
+    plan = partial(Plan, pieces=pieces, shapes={"clips": (settings.clips, settings.frames, 3, SIZE, SIZE)})
     run(settings.loop, {"model": trained}, step, sample, recipe=settings, plan=plan)
     return None if settings.loop.dry_run else finish(settings, autoencoder)
 

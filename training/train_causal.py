@@ -11,7 +11,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -164,7 +164,8 @@ def main(settings: CausalSettings) -> None:
         )
 
     clip = (settings.batch, model.config.channels, settings.chunks * chunk, *CLIP.chunk_shape[1:])
-    plan = Plan(pieces=pieces, shapes={"clips": clip})
+
+    plan = partial(Plan, pieces=pieces, shapes={"clips": clip})
     run(settings.loop, {"model": trained}, step, sample, recipe=settings, plan=plan)
 
 

@@ -349,9 +349,14 @@ def main(settings: DmdSettings) -> None:
     def sample(path: Path) -> Mapping[str, float] | None:
         return samples_of(student.averaged, autoencoder, settings, path, device=device)
 
-    plan = plan_of(settings, roles, pieces)
-    parts = {"model": student, "critic": critic}
-    run(settings.loop, parts, step, sample, recipe=settings, plan=plan)
+    run(
+        settings.loop,
+        {"model": student, "critic": critic},
+        step,
+        sample,
+        recipe=settings,
+        plan=lambda: plan_of(settings, roles, pieces),
+    )
 
 
 if __name__ == "__main__":

@@ -379,7 +379,7 @@ def main(settings: GrpoSettings) -> None:
         learner.step,
         learner.sample,
         recipe=settings,
-        plan=learner.plan(),
+        plan=learner.plan,
     )
 
 

@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, cast
 
@@ -172,7 +173,8 @@ def main(settings: OdeSettings) -> None:
             trained.averaged, autoencoder, rollout, path, device=device, seconds=seconds, world=world
         )
 
-    plan = Plan(
+    plan = partial(
+        Plan,
         pieces=pieces,
         shapes={"states": (rollout.steps + 1, settings.batch, *clip)},
         held={

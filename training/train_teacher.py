@@ -6,7 +6,7 @@ Run ``python -m training.train_teacher training/configs/demo_teacher.toml [key=v
 import logging
 import sys
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -126,7 +126,9 @@ def main(settings: TeacherSettings) -> None:
             rows.append((prompt, autoencoder.decode(clip[None])[0]))
         sheet(rows, path)
 
-    plan = Plan(pieces=pieces, shapes={"clips": (settings.batch, settings.model.channels, *LATENT_CLIP)})
+    plan = partial(
+        Plan, pieces=pieces, shapes={"clips": (settings.batch, settings.model.channels, *LATENT_CLIP)}
+    )
     run(settings.loop, {"model": trained}, step, sample, recipe=settings, plan=plan)
 
 
