@@ -41,6 +41,7 @@ KINDS = {
     "demo_export": ExportSettings,
     "demo_evaluate": EvaluateSettings,
     "demo_grpo": GrpoSettings,
+    "demo_truth": GrpoSettings,
     "wan_prompts": EncodeSettings,
     "wan_ode_pairs": PairSettings,
     "wan_ode": OdeSettings,
