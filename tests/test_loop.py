@@ -269,11 +269,14 @@ def test_the_forecast_counts_what_a_rank_holds():
     assert (alone.weights, alone.gradients, alone.optimisers, alone.averaged) == (4e6, 4e6, 8e6, 4e6)
     # A quarter of each in shards; whole weights and whole gradients while a loss is computed.
     assert (shared.optimisers, shared.gradients) == (2e6, 5e6)
-    plan = Plan(pieces=Pieces(batch=1, effective=8, ranks=4), held={"teacher": 3_000_000})
+    work = {"large": 2.5e15, "small": 2.04e11}
+    plan = Plan(pieces=Pieces(batch=1, effective=8, ranks=4), held={"teacher": 3_000_000}, operations=work)
     told = "\n".join(report({"model": trained}, plan, ranks=4, iterations=10, pace=None))
     assert "1,000,000 parameters, 1,000,000 of them trained" in told
     assert "in all 20 MB on each of 4 ranks" in told
     assert "effective batch 8: 4 ranks x 2 pieces x batch 1" in told
+    assert "large: 2,500e12 operations" in told
+    assert "small: 0.204e12 operations" in told
     assert "time unknown: give loop.seconds_per_update" in told
 
 

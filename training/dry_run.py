@@ -144,7 +144,9 @@ def _duration(plan: Plan, iterations: int, pace: float | None) -> list[str]:
             "  caches, activations and operations are counted as training/cost.py says, not measured"
         )
     for name, operations in plan.operations.items():
-        lines.append(f"  {name}: {operations / 1e12:,.0f}e12 operations per iteration on each rank")
+        size = operations / 1e12
+        number = f"{size:,.0f}" if size >= 100 else f"{size:.3g}"
+        lines.append(f"  {name}: {number}e12 operations per iteration on each rank")
     told = f"  {iterations:,} iterations, {_time(iterations, pace or plan.pace)}"
     if not pace and plan.pace:
         told += f", if a device computes {plan.teraflops:g}e12 operations a second"
