@@ -164,7 +164,6 @@ def main(settings: CausalSettings) -> None:
         )
 
     clip = (settings.batch, model.config.channels, settings.chunks * chunk, *CLIP.chunk_shape[1:])
-
     plan = partial(Plan, pieces=pieces, shapes={"clips": clip})
     run(settings.loop, {"model": trained}, step, sample, recipe=settings, plan=plan)
 
